@@ -1,0 +1,553 @@
+"""TeaCache for Lumina-Image-2.0: the same picture from fewer passes through the network, without training.
+
+Between two denoising steps the input of the transformer's blocks, modulated by the timestep, changes a little,
+and their output changes in proportion. TeaCache adds up the relative L1 change of that input, rescaled by a
+polynomial; while the sum stays below `REL_L1_THRESH`, the blocks are skipped and the residual that they added
+at the last computed step is added again. First and last step are always computed.
+
+Paper: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, arXiv 2411.19108.
+
+    python teacache_lumina2.py                              # one picture; edit the constants below
+    python teacache_lumina2.py --compare 0 0.1 0.2 0.3      # a strip of pictures, one for each threshold
+
+In your own code (nothing happens at import):
+
+    from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache, remove_teacache
+    apply_teacache(pipeline.transformer, num_steps=30, rel_l1_thresh=0.3)
+    image = pipeline("a red apple", num_inference_steps=30).images[0]
+"""
+
+import argparse
+import copy
+import functools
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+from pathlib import Path
+from types import MethodType
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
+
+# ------------------------------------------------------------------------------
+REL_L1_THRESH = 0.3  # 0: original | 0.1: 1.05x | 0.2: 1.15x | 0.3: 1.25x  (original authors, 4070 laptop, 1024x1536)
+NUM_INFERENCE_STEPS = 30
+GUIDANCE_SCALE = 4.0
+CFG_TRUNC_RATIO = 1.0  # share of the steps that are guided
+SEED = 1024
+PROMPT = "a cat holding a sign that says hello"
+NEGATIVE_PROMPT = ""
+HEIGHT = WIDTH = None  # pixels, multiples of 16; None: the model's own, 1024 for Lumina-Image-2.0
+MODEL = "Alpha-VLLM/Lumina-Image-2.0"  # the default where a CUDA GPU is there, otherwise:
+BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "lumina2-emoji"
+BUNDLED_PROMPT = "smiling face with sunglasses"
+# Rescaling polynomials, highest power first (ali-vilab/TeaCache, pull requests 70 and 76).
+# v1 was fitted for Lumina-Next, v2 found for Lumina-Image-2.0 by a search on LPIPS: set COEFFICIENTS = COEFFICIENTS_V2.
+COEFFICIENTS = [393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344]
+COEFFICIENTS_V2 = [225.7042019806413, -608.8453716535591, 304.1869942338369, 124.21267720116742, -1.4089066892956552]
+# ------------------------------------------------------------------------------
+
+
+# --- the state of a generation ------------------------------------------------
+
+
+class Branch:
+    """What is remembered for one conditioning, the prompt's or the negative prompt's, of a running generation."""
+
+    def __init__(self, conditioning):
+        self.conditioning = conditioning  # tensors and plain values, compared by `match`
+        self.step = -1  # the last step that called it
+        self.modulated = None  # indicator input of that step
+        self.residual = None  # output minus input of the blocks at the last computed step
+
+
+class TeaCacheState:
+    """Where a model stands in a generation: the step, what was decided for it, and the branches.
+
+    It sees only the calls. `time` rises from step to step, and all calls of one step share it; a time that falls,
+    or one that rises with a conditioning never seen, begins a new generation. So an interrupted generation, or one
+    with another prompt, size or batch, leaves nothing to the next. A branch that misses a step is forgotten.
+    """
+
+    def __init__(self):
+        self.step, self.time, self.last = -1, -math.inf, False
+        self.compute = None  # the decision for this step, for all its branches; None: not yet made
+        self.accumulated = 0.0  # rescaled relative L1 change since the last computed step
+        self.schedule = []  # for each step of this generation: True where computed
+        self.branches = []
+        self.before = None  # the generation that this one seemed to end, until the step is over
+
+    def enter(self, time, conditioning, num_steps):
+        """The branch of this call, after moving to its step. At the last step everything cached is let go."""
+        if time != self.time:
+            known = [b for b in self.branches if b.step == self.step]
+            before = None
+            if time < self.time or match(known, conditioning) is None:
+                before = copy.copy(self) if time > self.time and known else None
+                self.__init__()
+                known = []
+            self.advance(time, known)
+            self.before = before
+        branch = match(self.branches, conditioning)
+        if branch is None and self.before is not None:
+            branch = match(self.before.branches, conditioning, anew=False)
+            if branch is not None:  # one prompt was replaced midway, the other goes on: so does the generation
+                new, self.__dict__ = self.branches, vars(self.before)
+                self.advance(time, [b for b in self.branches if b.step == self.step] + new)
+                self.decide(True)
+                for b in new:
+                    b.step = self.step
+        self.last = self.step >= num_steps - 1
+        if self.last:
+            self.branches = []
+        if branch is None:
+            branch = Branch(conditioning)
+            if not self.last:
+                self.branches.append(branch)
+        branch.step = self.step
+        return branch
+
+    def advance(self, time, branches):
+        self.step, self.time, self.branches = self.step + 1, time, branches
+        self.compute = self.before = None
+
+    def decide(self, compute):
+        self.compute = compute
+        self.schedule.append(compute)
+        if compute:
+            self.accumulated = 0.0
+
+
+def match(branches, conditioning, anew=True):
+    """The branch with this conditioning: the very same tensors, or else (a caller may cast `anew`) equal ones."""
+
+    def same(a, b):
+        return a is b or (not torch.is_tensor(a) and not torch.is_tensor(b) and a == b)
+
+    def equal(a, b):
+        return same(a, b) or (
+            torch.is_tensor(a)
+            and torch.is_tensor(b)
+            and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
+            and torch.equal(a, b)
+        )
+
+    for test in (same, equal) if anew else (same,):
+        for branch in branches:
+            if all(map(test, branch.conditioning, conditioning)):
+                return branch
+    return None
+
+
+def relative_l1(new, old):
+    """mean |new - old| / mean |old|, accumulated in float32."""
+    return ((new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
+
+
+def rescale(coefficients, x):
+    """The polynomial at x, highest power first, in float64 (as numpy.polyval)."""
+    y = 0.0
+    for c in coefficients:
+        y = y * x + c
+    return y
+
+
+# --- the forward ----------------------------------------------------------------
+
+
+def lora_scaled(forward):
+    """attention_kwargs={"scale": s} scales the LoRA layers during the call, also one that fails (as stock does)."""
+
+    @functools.wraps(forward)
+    def wrapper(
+        self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, attention_kwargs=None, return_dict=True
+    ):
+        scale = (attention_kwargs or {}).get("scale", 1.0)
+        if USE_PEFT_BACKEND:
+            scale_lora_layers(self, scale)
+        try:
+            return forward(
+                self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, attention_kwargs, return_dict
+            )
+        finally:
+            if USE_PEFT_BACKEND:
+                unscale_lora_layers(self, scale)
+
+    return wrapper
+
+
+@lora_scaled
+def teacache_forward(
+    self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, attention_kwargs=None, return_dict=True
+):
+    """`Lumina2Transformer2DModel.forward` (diffusers 0.33 to 0.42) with TeaCache around `self.layers`.
+
+    Settings are read from the instance or, the original TeaCache way, from its class: `enable_teacache` (True),
+    `num_steps` (30), `rel_l1_thresh` (0.3), `coefficients` (v1). State is on the instance, in `self.teacache`.
+
+    Args:
+        hidden_states: (batch, channels, height, width), the noisy latents; both sides multiples of the patch size.
+        timestep: (batch,), 0 is noise and 1 the picture, as `Lumina2Pipeline` passes it; rising in a generation.
+        encoder_hidden_states: (batch, tokens, cap_feat_dim), caption features.
+        encoder_attention_mask: (batch, tokens), 1 for a token and 0 for padding.
+        attention_kwargs: only "scale" is used, the LoRA scale.
+        return_dict: a `Transformer2DModelOutput` if True, else a tuple of one.
+
+    Returns: the predicted velocity, (batch, channels, height, width). With gradients enabled, at threshold 0, or
+    with `enable_teacache = False` it is bit for bit the stock forward's.
+    """
+    batch_size, _, height, width = hidden_states.shape
+    latents, caption, caption_mask = hidden_states, encoder_hidden_states, encoder_attention_mask
+
+    # 1. Timestep and caption embedding, rotary frequencies, patches
+    temb, caption = self.time_caption_embed(latents, timestep, caption)
+    patches, caption_rotary, patch_rotary, rotary, caption_lens, seq_lens = self.rope_embedder(latents, caption_mask)
+    patches = self.x_embedder(patches)  # (batch, patches, width of the model)
+
+    # 2. Refiners
+    for layer in self.context_refiner:
+        caption = layer(caption, caption_mask, caption_rotary)
+    for layer in self.noise_refiner:
+        patches = layer(patches, None, patch_rotary, temb)
+
+    # 3. Joint sequence: caption, picture, padding up to the longest of the batch
+    joint = patches.new_zeros(batch_size, max(seq_lens), self.config.hidden_size)
+    mask = patches.new_zeros(batch_size, max(seq_lens), dtype=torch.bool)
+    for i, (caption_len, seq_len) in enumerate(zip(caption_lens, seq_lens)):
+        joint[i, :caption_len] = caption[i, :caption_len]
+        joint[i, caption_len:seq_len] = patches[i]
+        mask[i, :seq_len] = True
+    mask = mask if len(set(seq_lens)) > 1 else None  # without padding none is needed
+
+    # TeaCache, the one departure from stock: skip the blocks, or run them and remember what they added
+    branch, thresh = None, getattr(self, "rel_l1_thresh", REL_L1_THRESH)
+    if getattr(self, "enable_teacache", True) and not torch.is_grad_enabled():
+        state = self.__dict__.setdefault("teacache", TeaCacheState())
+        conditioning = (encoder_hidden_states, encoder_attention_mask, latents.shape, latents.dtype, latents.device)
+        branch = state.enter(timestep.flatten()[0].item(), conditioning, getattr(self, "num_steps", NUM_INFERENCE_STEPS))
+        caching = thresh > 0 and not state.last
+        modulated = self.layers[0].norm1(joint, temb)[0] if caching else None
+        if state.compute is None:  # the first call of a step decides for all of its branches
+            compute = branch.modulated is None or not caching
+            if not compute:
+                change = relative_l1(modulated, branch.modulated)
+                state.accumulated += rescale(getattr(self, "coefficients", COEFFICIENTS), change)
+                compute = not state.accumulated < thresh  # a NaN computes
+            state.decide(compute)
+        branch.modulated = modulated
+
+    if branch is not None and not state.compute and branch.residual is not None:
+        hidden = joint + branch.residual
+    else:
+        hidden = joint
+        for layer in self.layers:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden = self._gradient_checkpointing_func(layer, hidden, mask, rotary, temb)
+            else:
+                hidden = layer(hidden, mask, rotary, temb)
+        if branch is not None and caching:
+            branch.residual = hidden - joint
+
+    # 4. Output projection, patches to latents
+    hidden = self.norm_out(hidden, temb)
+    p = self.config.patch_size
+    output = torch.stack(
+        [
+            hidden[i, caption_len:seq_len]
+            .view(height // p, width // p, p, p, self.out_channels)
+            .permute(4, 0, 2, 1, 3)  # (channels, rows, p, columns, p)
+            .reshape(self.out_channels, height, width)
+            for i, (caption_len, seq_len) in enumerate(zip(caption_lens, seq_lens))
+        ]
+    )
+    return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+SETTINGS = ("enable_teacache", "num_steps", "rel_l1_thresh", "coefficients")
+
+
+def check_settings(num_steps, rel_l1_thresh, coefficients=COEFFICIENTS):
+    """ValueError with what to do, for settings that make no sense."""
+    if int(num_steps) != num_steps or num_steps < 1:
+        raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
+    if not (math.isfinite(rel_l1_thresh) and rel_l1_thresh >= 0):
+        raise ValueError(f"rel_l1_thresh must be a number of at least 0 (0: nothing is skipped), not {rel_l1_thresh}")
+    if len(coefficients) == 0 or not all(map(math.isfinite, coefficients)):
+        raise ValueError(f"coefficients must be finite numbers, highest power first, not {coefficients}")
+
+
+def apply_teacache(model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_THRESH, coefficients=None):
+    """Give this one model TeaCache; others are untouched. Applying it again changes the settings, and starts afresh.
+
+    Args:
+        model: the pipeline's model, before or after accelerate's offloading was enabled.
+        num_steps: the pipeline's `num_inference_steps`, so that the last step is known.
+        rel_l1_thresh: 0 skips nothing; more skips more.
+        coefficients: of the rescaling polynomial, highest power first; None: `COEFFICIENTS`.
+
+    Raises ValueError for settings that make no sense. Returns the model.
+    """
+    coefficients = list(COEFFICIENTS if coefficients is None else coefficients)
+    check_settings(num_steps, rel_l1_thresh, coefficients)
+    remove_teacache(model)
+    set_forward(model, MethodType(teacache_forward, model))
+    for name, value in zip(SETTINGS, (True, int(num_steps), float(rel_l1_thresh), coefficients)):
+        setattr(model, name, value)
+    return model
+
+
+def remove_teacache(model):
+    """The stock forward again; no attribute and no tensor is left behind. Returns the model."""
+    set_forward(model, None)
+    for name in (*SETTINGS, "teacache"):
+        vars(model).pop(name, None)
+    return model
+
+
+def set_forward(model, forward):
+    """`forward` as the instance's own, or the class's for None; inside accelerate's offloading hooks, if any."""
+    if hasattr(model, "_diffusers_hook"):
+        raise ValueError("apply or remove TeaCache before diffusers' own hooks (group offloading, caches) are enabled")
+    if "_old_forward" in vars(model):
+        model._old_forward = forward or MethodType(type(model).forward, model)
+    elif forward is not None:
+        model.forward = forward
+    else:
+        vars(model).pop("forward", None)
+
+
+# --- pictures and figures -------------------------------------------------------
+
+
+def psnr(image, reference):
+    """dB between two PIL images of one size; infinite if they are equal."""
+    a, b = pixels(image), pixels(reference)
+    mse = (a - b).square().mean().item()
+    return 10 * math.log10(1 / mse) if mse > 0 else math.inf
+
+
+def ssim(image, reference):
+    """Mean structural similarity: Gaussian window of 11 pixels, sigma 1.5 (Wang et al. 2004), over R, G and B."""
+    a, b = pixels(image), pixels(reference)
+    g = torch.exp(-(torch.arange(-5.0, 6.0, dtype=a.dtype) ** 2) / (2 * 1.5**2))
+    window = (g[:, None] * g / g.sum() ** 2)[None, None]
+    mu_a, mu_b, aa, bb, ab = (F.conv2d(x[:, None], window) for x in (a, b, a * a, b * b, a * b))
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * mu_a * mu_b + c1) / (mu_a**2 + mu_b**2 + c1)
+    structure = (2 * (ab - mu_a * mu_b) + c2) / (aa - mu_a**2 + bb - mu_b**2 + c2)
+    return (luminance * structure).mean().item()
+
+
+def pixels(image):
+    """(3, height, width) in [0, 1], float64."""
+    data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+    return data.view(image.height, image.width, 3).permute(2, 0, 1).double() / 255
+
+
+def draw_strip(rows, path):
+    """rows: one a prompt, each a list of (PIL image, lines of text); written whole or not at all."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    side = max(rows[0][0][0].width, 160)
+    scale = side / rows[0][0][0].width
+    tall, line = round(rows[0][0][0].height * scale), max(13, side // 16)
+    cell = (side + line, tall + line * (len(rows[0][0][1]) + 2))
+    strip = Image.new("RGB", (cell[0] * len(rows[0]), cell[1] * len(rows)), "white")
+    pen, font = ImageDraw.Draw(strip), ImageFont.load_default(size=round(0.8 * line))
+    for r, row in enumerate(rows):
+        for c, (image, text) in enumerate(row):
+            x, y = c * cell[0] + line // 2, r * cell[1] + line // 2
+            strip.paste(image.resize((side, tall), Image.LANCZOS) if scale != 1 else image, (x, y))
+            pen.multiline_text((x, y + tall + line // 3), "\n".join(text), fill="black", font=font, spacing=line // 5)
+    save(strip, path)
+
+
+def save(image, path):
+    """Through a temporary file: a failure leaves what was there."""
+    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        image.save(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+# --- the command line -----------------------------------------------------------
+
+
+def fail(message):
+    """One line on stderr, exit code 2."""
+    print(f"teacache_lumina2: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(argv=None):
+    """The arguments, checked as far as they can be before anything is loaded."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = fail
+    add = parser.add_argument
+    add("--model", help=f"folder or Hub name; default {MODEL} on a CUDA GPU, else the bundled emoji model")
+    add("--transformer", type=Path, metavar="FILE", help="single-file checkpoint of the transformer, e.g. Neta Lumina")
+    add("--prompt", action="append", help="may be repeated: one picture each")
+    add("--negative-prompt", default=NEGATIVE_PROMPT)
+    add("--rel-l1-thresh", type=float, default=REL_L1_THRESH)
+    add("--num-inference-steps", type=int, default=NUM_INFERENCE_STEPS)
+    add("--height", type=int, default=HEIGHT)
+    add("--width", type=int, default=WIDTH)
+    add("--guidance-scale", type=float, default=GUIDANCE_SCALE)
+    add("--cfg-trunc-ratio", type=float, default=CFG_TRUNC_RATIO)
+    add("--seed", type=int, default=SEED)
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--offload", choices=["none", "model", "sequential"], default="none", help="keep weights off the GPU")
+    add("--output", type=Path, help="default: teacache_lumina2_output.png, or ..._compare.png")
+    add("--compare", type=float, nargs="+", metavar="T", help="one picture for each threshold, side by side")
+    args = parser.parse_args(argv)
+
+    args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
+    if args.model is None:
+        args.model = MODEL if args.device == "cuda" else str(BUNDLED_MODEL)
+        if args.device != "cuda":
+            print(f"No CUDA GPU: drawing with the small bundled emoji model. For the real one: --model {MODEL}")
+    args.prompt = args.prompt or [BUNDLED_PROMPT if args.model == str(BUNDLED_MODEL) else PROMPT]
+    args.output = args.output or Path(f"teacache_lumina2_{'compare' if args.compare else 'output'}.png")
+    # threshold 0 comes first: it is what the others are measured against
+    args.thresholds = list(dict.fromkeys([0.0, *args.compare])) if args.compare else [args.rel_l1_thresh]
+    try:
+        for thresh in args.thresholds:
+            check_settings(args.num_inference_steps, thresh)
+    except ValueError as error:
+        fail(error)
+    for name in ("height", "width"):
+        size = getattr(args, name)
+        if size is not None and (size <= 0 or size % 16):
+            fail(f"--{name} must be a multiple of 16, not {size}")
+    if not math.isfinite(args.guidance_scale):
+        fail(f"--guidance-scale must be a number, not {args.guidance_scale}")
+    if not 0 <= args.cfg_trunc_ratio <= 1:
+        fail(f"--cfg-trunc-ratio must lie between 0 and 1, not {args.cfg_trunc_ratio}")
+    if not 0 <= args.seed < 2**63:
+        fail(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
+    if args.offload != "none" and args.device == "cpu":
+        fail(f"--offload {args.offload} moves weights to a GPU when they are needed, and there is none: leave it out")
+    if not Path(args.model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model):
+        fail(f"no model folder {args.model}: give a folder saved by diffusers, or a Hub name such as {MODEL}")
+    if Path(args.model).is_dir() and not Path(args.model, "model_index.json").is_file():
+        fail(f"{args.model} has no model_index.json: give a pipeline folder saved by diffusers")
+    if args.transformer and not args.transformer.is_file():
+        fail(f"no checkpoint file {args.transformer}")
+    if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        fail(f"--output {args.output} must end in .png, .jpg or .webp")
+    if args.output.is_dir() or not os.access(args.output.parent, os.W_OK | os.X_OK):
+        fail(f"cannot write {args.output}: its folder must exist and be writable")
+    return args
+
+
+def load_pipeline(args):
+    """The pipeline on its device."""
+    from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+
+    try:
+        parts = {"torch_dtype": args.dtype}
+        if args.transformer:
+            where = {"config": args.model, "subfolder": "transformer"}
+            parts["transformer"] = Lumina2Transformer2DModel.from_single_file(str(args.transformer), **where, **parts)
+        pipeline = Lumina2Pipeline.from_pretrained(args.model, **parts)
+    except Exception as error:  # a Hub that is out of reach, gated or misspelt; a checkpoint of another kind
+        first = str(error).strip().splitlines() or [""]
+        fail(f"could not load {args.transformer or args.model}: {type(error).__name__}: {first[0][:300]}")
+    if args.offload == "model":
+        pipeline.enable_model_cpu_offload(device=args.device)
+    elif args.offload == "sequential":
+        pipeline.enable_sequential_cpu_offload(device=args.device)
+    else:
+        pipeline.to(args.device)
+    return pipeline
+
+
+def generate(pipeline, prompt, thresh, args, steps=None):
+    """A picture and its figures: seconds, computed and all steps."""
+    steps = steps or args.num_inference_steps
+    apply_teacache(pipeline.transformer, steps, thresh)
+    synchronize = getattr(torch, args.device).synchronize
+    synchronize()
+    began = time.perf_counter()
+    image = pipeline(
+        prompt,
+        negative_prompt=args.negative_prompt,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=steps,
+        guidance_scale=args.guidance_scale,
+        cfg_trunc_ratio=args.cfg_trunc_ratio,
+        generator=torch.Generator().manual_seed(args.seed),  # on the CPU: the same noise on every device
+    ).images[0]
+    synchronize()
+    schedule = pipeline.transformer.teacache.schedule
+    return image, {"seconds": time.perf_counter() - began, "computed": sum(schedule), "steps": len(schedule)}
+
+
+def compare(pipeline, args):
+    """Each prompt at each threshold: a strip of pictures, a Markdown table, and one JSON line last."""
+    import diffusers
+
+    generate(pipeline, args.prompt[0], 0.0, args, steps=2)  # warm-up, untimed
+    rows, table = [], []
+    for prompt in args.prompt:
+        row = [(thresh, *generate(pipeline, prompt, thresh, args)) for thresh in args.thresholds]
+        (_, reference, base), *_ = row
+        for thresh, image, figures in row:
+            figures |= {"speedup": base["seconds"] / figures["seconds"]}
+            figures |= {"psnr": psnr(image, reference), "ssim": ssim(image, reference)}
+            table.append({"prompt": prompt, "rel_l1_thresh": thresh, **figures})
+        rows.append([(image, describe(entry)) for (_, image, _), entry in zip(row, table[-len(row) :])])
+    draw_strip(rows, args.output)
+    print(f"\nsaved {args.output}\n")
+    print("| prompt | rel_l1_thresh | seconds | speedup | steps computed | PSNR | SSIM |\n|---|---|---|---|---|---|---|")
+    for e in table:
+        cells = f"{e['seconds']:.2f} | {e['speedup']:.2f}x | {e['computed']} / {e['steps']} | {e['psnr']:.2f} | {e['ssim']:.4f}"
+        print(f"| {e['prompt']} | {e['rel_l1_thresh']:g} | {cells} |")
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    for e in table:
+        e["psnr"] = e["psnr"] if math.isfinite(e["psnr"]) else None  # JSON knows no infinity
+    head = {"model": Path(args.model).name, "device": args.device, "machine": machine, "dtype": str(args.dtype)[6:]}
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    print(json.dumps({**head, **versions, "output": str(args.output), "runs": table}))
+
+
+def describe(entry):
+    """The lines under a picture of the strip."""
+    if entry["rel_l1_thresh"] == 0:
+        return ["original", f"{entry['seconds']:.2f} s", f"{entry['computed']} / {entry['steps']} steps"]
+    return [
+        f"threshold {entry['rel_l1_thresh']:g}",
+        f"{entry['seconds']:.2f} s, {entry['speedup']:.2f}x",
+        f"{entry['computed']} / {entry['steps']} steps",
+        f"PSNR {entry['psnr']:.1f} dB",
+        f"SSIM {entry['ssim']:.3f}",
+    ]
+
+
+def main(argv=None):
+    args = parse(argv)
+    pipeline = load_pipeline(args)
+    if args.compare:
+        compare(pipeline, args)
+        return
+    for i, prompt in enumerate(args.prompt):
+        image, figures = generate(pipeline, prompt, args.rel_l1_thresh, args)
+        path = args.output if len(args.prompt) == 1 else args.output.with_stem(f"{args.output.stem}_{i + 1}")
+        save(image, path)
+        computed, steps = figures["computed"], figures["steps"]
+        passes = f"{computed} of {steps} steps computed ({steps / computed:.2f}x fewer)"
+        print(f"saved {path}: {figures['seconds']:.2f} s, {passes}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,496 @@
+"""teacache_forward against the stock forward, and against the oracle in every mode of the pipeline."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import (
+    BUNDLED,
+    CHANNELS,
+    ROOT,
+    STOCK_FORWARD,
+    Interrupted,
+    block_calls,
+    conditioning,
+    denoise,
+    equal,
+    oracle_run,
+    tensors_in,
+    tiny_model,
+)
+from diffusers import Lumina2Transformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+from TeaCache4LuminaT2X.teacache_lumina2 import (
+    COEFFICIENTS,
+    COEFFICIENTS_V2,
+    apply_teacache,
+    remove_teacache,
+    teacache_forward,
+)
+
+IDENTITY = [1.0, 0.0]
+PROMPT, NEGATIVE = conditioning([7], seed=1), conditioning([3], seed=2)
+
+
+def once(model, lengths=(5,), size=(4, 6), dtype=torch.float32, t=0.25, **kwargs):
+    """One call on its own."""
+    embeds, mask = conditioning(lengths, seed=3, dtype=dtype)
+    latents = torch.randn(len(lengths), CHANNELS, *size, generator=torch.Generator().manual_seed(4)).to(dtype)
+    return model(latents, torch.full((len(lengths),), t), embeds, mask, **kwargs)
+
+
+# --- parity with the stock forward ------------------------------------------------
+
+
+def test_signature_is_the_stock_one():
+    assert list(inspect.signature(teacache_forward).parameters) == list(inspect.signature(STOCK_FORWARD).parameters)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("off", ["threshold 0", "disabled"])
+@pytest.mark.parametrize("lengths", [(5,), (5, 2, 9), (4, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_off_is_stock_bit_for_bit(return_dict, off, lengths, dtype):
+    model = tiny_model().to(dtype)
+    with torch.no_grad():
+        stock = once(model, lengths, dtype=dtype, return_dict=return_dict)
+        apply_teacache(model, num_steps=4, rel_l1_thresh=0.0 if off == "threshold 0" else 9.0)
+        model.enable_teacache = off == "threshold 0"
+        for t in (0.1, 0.2, 0.25):  # the last call is a middle step
+            ours = once(model, lengths, dtype=dtype, return_dict=return_dict, t=t)
+    assert type(ours) is type(stock) is (Transformer2DModelOutput if return_dict else tuple)
+    assert ours[0].dtype == dtype and torch.equal(ours[0], stock[0])
+
+
+@pytest.mark.parametrize("v2_below_zero", [False, True])
+def test_threshold_0_never_skips_and_keeps_nothing(model, v2_below_zero):
+    stock, _ = denoise(model, PROMPT, NEGATIVE)
+    # v2 is negative at 0, and a sum below the threshold 0 would skip
+    apply_teacache(model, num_steps=8, rel_l1_thresh=0, coefficients=COEFFICIENTS_V2 if v2_below_zero else [-1.0])
+    assert equal(denoise(model, PROMPT, NEGATIVE)[0], stock)
+    assert model.teacache.schedule == [True] * 8
+
+
+def lora_model():
+    peft = pytest.importorskip("peft")
+    model = tiny_model()
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v", "linear_1"], init_lora_weights=False)
+    model.add_adapter(config)
+    return model
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.4, 1.0])
+def test_lora_scale(scale):
+    model = lora_model()
+    kwargs = {"attention_kwargs": {"scale": scale}}
+    with torch.no_grad():
+        stock, unscaled = once(model, **kwargs)[0], once(model)[0]
+        apply_teacache(model, num_steps=4, rel_l1_thresh=0)
+        assert torch.equal(once(model, **kwargs)[0], stock)
+        assert torch.equal(once(model)[0], unscaled), "the scale must not outlast the call"
+    assert torch.equal(stock, unscaled) == (scale == 1.0)
+    assert kwargs == {"attention_kwargs": {"scale": scale}}
+
+
+def test_lora_scale_does_not_outlast_a_failed_call():
+    model = lora_model()
+    with torch.no_grad():
+        stock = once(model)[0]
+        apply_teacache(model, num_steps=4, rel_l1_thresh=0)
+        handle = model.layers[1].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            once(model, attention_kwargs={"scale": 0.3})
+        handle.remove()
+        assert torch.equal(once(model)[0], stock)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_with_gradients_nothing_is_cached_or_skipped(checkpointing):
+    def gradients(model, t):
+        model.zero_grad()
+        once(model, (5, 3), t=t)[0].square().sum().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    model = tiny_model().train()
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    stock = gradients(model, 0.3)
+    apply_teacache(model, num_steps=10, rel_l1_thresh=100.0, coefficients=IDENTITY)
+    calls = block_calls(model)
+    for t in (0.1, 0.2, 0.3):
+        ours = gradients(model, t)
+    assert len(stock) == len(ours) > 20 and equal(ours, stock)
+    assert calls.count("first") >= 3
+    assert "teacache" not in vars(model)
+
+
+# --- the schedule -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coefficients", [None, COEFFICIENTS_V2, IDENTITY], ids=["v1", "v2", "identity"])
+@pytest.mark.parametrize("thresh", [0.03, 0.06, 0.1, 0.2, 2.0])
+def test_guided_run_follows_the_formula(model, coefficients, thresh):
+    outputs, latents, schedule = oracle_run(model, thresh, coefficients or COEFFICIENTS, 12, PROMPT, NEGATIVE, steps=12)
+    calls = block_calls(model)
+    apply_teacache(model, num_steps=12, rel_l1_thresh=thresh, coefficients=coefficients)
+    ours, ours_latents = denoise(model, PROMPT, NEGATIVE, steps=12)
+    assert model.teacache.schedule == schedule
+    assert schedule[0] and schedule[-1]
+    assert equal(ours, outputs) and torch.equal(ours_latents, latents)
+    assert calls.count("first") == calls.count("last") == 2 * sum(schedule), "both branches, together"
+
+
+def test_the_formula_skips_here(model):
+    """The runs above would prove nothing if they all computed, or all skipped."""
+    computed = [sum(oracle_run(model, t, IDENTITY, 12, PROMPT, NEGATIVE, steps=12)[2]) for t in (0.03, 0.06, 0.1, 0.2, 2.0)]
+    assert computed == sorted(computed, reverse=True) and len(set(computed)) >= 4 and computed[-1] == 2
+
+
+def test_skipped_step_runs_no_block(model):
+    apply_teacache(model, num_steps=5, rel_l1_thresh=1e9, coefficients=IDENTITY)
+    calls = block_calls(model)
+    denoise(model, PROMPT, NEGATIVE, steps=5)
+    assert model.teacache.schedule == [True, False, False, False, True]
+    assert calls == ["first", "last"] * 4
+
+
+# --- what existing scripts get wrong ----------------------------------------------
+
+MODES = {
+    "no guidance": dict(uncond=None),
+    "equal lengths": dict(uncond=conditioning([7], seed=5)),
+    "padded to equal shapes": dict(cond=conditioning([7], 1, padded=16), uncond=conditioning([2], 2, padded=16)),
+    "truncated guidance": dict(trunc=0.4),
+    "guided for one step": dict(trunc=1 / 8),
+    "never guided": dict(trunc=0.0),
+    "cast anew": dict(cast=True),
+    "batch of unequal prompts": dict(cond=conditioning([7, 2, 5], 1), uncond=conditioning([1, 1, 1], 2)),
+    "images per prompt": dict(
+        cond=tuple(t.repeat_interleave(2, 0) for t in conditioning([6, 3], 1)),
+        uncond=tuple(t.repeat_interleave(2, 0) for t in conditioning([2, 2], 2)),
+    ),
+    "negative equals prompt": dict(uncond=PROMPT),
+    "prompt replaced midway": dict(switch={3: conditioning([7], 8), 6: conditioning([4], 9)}),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("thresh", [0.06, 0.15])
+def test_modes(model, mode, thresh):
+    kwargs = {"cond": PROMPT, "uncond": NEGATIVE} | MODES[mode]
+    if mode == "negative equals prompt":  # the pipeline would pass two tensors of equal content
+        kwargs["uncond"] = tuple(t.clone() for t in PROMPT)
+    names = {}
+
+    if "switch" in kwargs:  # to the oracle, a new prompt is a new branch
+
+        def rename(step, name, count):
+            return f"{name}{sum(step >= s for s in kwargs['switch'])}" if name == "cond" else name
+    else:
+
+        def rename(step, name, count):
+            return "cond" if mode == "negative equals prompt" else name
+
+    blocks = model.layers
+    from conftest import Oracle
+
+    oracle = Oracle(blocks, thresh, IDENTITY, 8)
+    model.layers = torch.nn.ModuleList([oracle])
+    expected, _ = denoise(model, before_call=lambda s, n, c: oracle.at(s, rename(s, n, c)), **kwargs)
+    model.layers = blocks
+
+    apply_teacache(model, num_steps=8, rel_l1_thresh=thresh, coefficients=IDENTITY)
+    outputs, _ = denoise(model, **kwargs)
+    assert model.teacache.schedule == oracle.schedule and len(oracle.schedule) == 8
+    assert False in oracle.schedule and oracle.schedule[0] and oracle.schedule[-1]
+    assert equal(outputs, expected)
+    assert tensors_in(model.teacache) == []
+    assert names == {}
+
+
+SECOND = {
+    "the same": dict(),
+    "another prompt": dict(cond=conditioning([7], 11)),
+    "another length": dict(cond=conditioning([4], 12), uncond=conditioning([9], 13)),
+    "another size": dict(size=(6, 4)),
+    "the same area, turned": dict(size=(2, 8)),
+    "another batch": dict(cond=conditioning([7, 3], 14), uncond=conditioning([2, 2], 15)),
+    "no guidance": dict(uncond=None),
+    "another noise": dict(seed=77),
+    "fewer steps": dict(steps=5),
+    "starts at less noise": dict(
+        cond=conditioning([7], 16), uncond=conditioning([3], 2), sigmas=[0.8, 0.6, 0.4, 0.2], steps=4
+    ),
+    "bfloat16": dict(cond=conditioning([7], 1, torch.bfloat16), uncond=conditioning([3], 2, torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("second", SECOND)
+def test_second_image_is_as_fresh(second):
+    kwargs = {"cond": PROMPT, "uncond": NEGATIVE, "steps": 8} | SECOND[second]
+    model = tiny_model()
+    dtype = kwargs["cond"][0].dtype
+
+    def run(first):
+        model.to(torch.float32)
+        apply_teacache(model, num_steps=8, rel_l1_thresh=0.1, coefficients=IDENTITY)
+        if first:
+            denoise(model, PROMPT, NEGATIVE, seed=5)
+            assert tensors_in(model.teacache) == []
+        model.to(dtype)
+        model.num_steps = kwargs["steps"]
+        return *denoise(model, **kwargs), model.teacache.schedule
+
+    fresh, second = run(first=False), run(first=True)
+    assert False in fresh[2]
+    assert equal(second[0], fresh[0]) and torch.equal(second[1], fresh[1]) and second[2] == fresh[2]
+    assert tensors_in(model.teacache) == []
+
+
+@pytest.mark.parametrize("second", SECOND)
+@pytest.mark.parametrize("inside", [False, True], ids=["between calls", "inside a block"])
+def test_interrupted_at_any_call(second, inside):
+    kwargs = {"cond": PROMPT, "uncond": NEGATIVE, "steps": 8} | SECOND[second]
+    dtype = kwargs["cond"][0].dtype
+    model = tiny_model()
+    arm = []
+
+    def trip(*_):
+        if arm:
+            raise Interrupted
+
+    model.layers[1].register_forward_pre_hook(trip)
+
+    def run(interrupt_at):
+        model.to(torch.float32)
+        arm.clear()
+        apply_teacache(model, num_steps=8, rel_l1_thresh=0.1, coefficients=IDENTITY)
+
+        def before_call(step, name, count):
+            if count == interrupt_at:
+                arm.append(True)
+                if not inside:
+                    raise Interrupted
+
+        if interrupt_at is not None:
+            try:
+                denoise(model, PROMPT, NEGATIVE, seed=5, before_call=before_call)
+            except Interrupted:
+                pass
+        arm.clear()
+        model.to(dtype)
+        model.num_steps = kwargs["steps"]
+        return *denoise(model, **kwargs), model.teacache.schedule
+
+    fresh = run(None)
+    for at in range(16):
+        again = run(at)
+        assert again[2] == fresh[2], f"interrupted at call {at}"
+        assert equal(again[0], fresh[0]) and torch.equal(again[1], fresh[1]), f"interrupted at call {at}"
+        assert tensors_in(model.teacache) == []
+
+
+def test_a_branch_that_returns_is_computed(model):
+    """Guided only now and then: no residual older than the prompt's own is ever added."""
+    apply_teacache(model, num_steps=9, rel_l1_thresh=1e9, coefficients=IDENTITY)
+    calls = block_calls(model)
+    latents = torch.randn(1, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for step in range(9):
+            for name, (embeds, mask) in {"cond": PROMPT, "uncond": NEGATIVE}.items():
+                if name == "cond" or step in (0, 1, 4, 5):
+                    calls.clear()
+                    model(latents, torch.tensor([step / 9]), embeds, mask)
+                    computed = bool(calls)
+                    expected = step in (0, 8) or (name == "uncond" and step == 4)
+                    assert computed == expected, (step, name)
+
+
+def test_memory_is_two_tensors_a_branch_and_released(model):
+    apply_teacache(model, num_steps=6, rel_l1_thresh=0.3, coefficients=IDENTITY)
+    held = []
+
+    def count(step, name, calls):
+        state = vars(model).get("teacache")
+        held.append(sum(t is not None for b in state.branches for t in (b.modulated, b.residual)) if state else 0)
+
+    denoise(model, PROMPT, NEGATIVE, steps=6, before_call=count)
+    assert max(held) == 4 and held[-1] == 0, "the last step computes: nothing is held from its first call on"
+    assert tensors_in(model.teacache) == []
+
+
+def test_nan_and_zero_inputs_compute(model):
+    """A change that is no number never skips."""
+    apply_teacache(model, num_steps=4, rel_l1_thresh=1e9, coefficients=IDENTITY)
+    embeds, mask = PROMPT
+    with torch.no_grad():
+        for i, value in enumerate([0.0, float("nan"), 0.0, 0.0]):
+            model(torch.full((1, CHANNELS, 4, 4), value), torch.tensor([i / 4]), embeds, mask)
+    assert model.teacache.schedule == [True] * 4
+
+
+# --- applying and removing --------------------------------------------------------
+
+
+@pytest.fixture
+def patched_class(monkeypatch):
+    """The original TeaCache way, all the attributes that existing code sets."""
+    cls = Lumina2Transformer2DModel
+    monkeypatch.setattr(cls, "forward", teacache_forward)
+    settings = dict(enable_teacache=True, cnt=0, num_steps=8, rel_l1_thresh=0.1, coefficients=IDENTITY)
+    old = dict(previous_modulated_input=None, previous_residual=None, accumulated_rel_l1_distance=0, cache={})
+    for name, value in (settings | old | {"uncond_seq_len": None}).items():
+        monkeypatch.setattr(cls, name, value, raising=False)
+    return cls
+
+
+def test_class_way_equals_instance_way(patched_class, monkeypatch):
+    model = tiny_model()
+    ours = denoise(model, PROMPT, NEGATIVE)
+    schedule = model.teacache.schedule
+    assert False in schedule and tensors_in(model.teacache) == []
+    assert patched_class.cnt == 0 and patched_class.previous_residual is None and patched_class.cache == {}
+    again = denoise(model, PROMPT, NEGATIVE)
+    expected = oracle_run(model, 0.1, IDENTITY, 8, PROMPT, NEGATIVE)
+    assert equal(ours[0], expected[0]) and equal(again[0], expected[0]) and schedule == expected[2]
+    monkeypatch.setattr(patched_class, "enable_teacache", False)
+    stock = oracle_run(model, 0, IDENTITY, 8, PROMPT, NEGATIVE)
+    assert equal(denoise(model, PROMPT, NEGATIVE)[0], stock[0])
+
+
+def test_class_way_keeps_two_models_apart(patched_class):
+    a, b = tiny_model(0), tiny_model(1)
+    expected = [oracle_run(m, 0.1, IDENTITY, 8, PROMPT, NEGATIVE)[0] for m in (a, b)]
+    outputs = {}
+
+    def run_b_inside_a(step, name, count):
+        if count == 5:
+            outputs["b"] = denoise(b, PROMPT, NEGATIVE)[0]
+
+    outputs["a"] = denoise(a, PROMPT, NEGATIVE, before_call=run_b_inside_a)[0]
+    assert equal(outputs["a"], expected[0]) and equal(outputs["b"], expected[1])
+
+
+def test_apply_touches_one_instance_and_remove_leaves_nothing(model):
+    other = tiny_model(1)
+    before = set(vars(model))
+    stock = denoise(model, PROMPT, NEGATIVE)[0]
+    assert apply_teacache(model, num_steps=8, rel_l1_thresh=0.1, coefficients=IDENTITY) is model
+    assert Lumina2Transformer2DModel.forward is STOCK_FORWARD and "forward" not in vars(other)
+
+    def stop(step, name, count):
+        if count == 6:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        denoise(model, PROMPT, NEGATIVE, before_call=stop)
+    assert tensors_in(model.teacache), "an interrupted generation holds its cache..."
+    assert remove_teacache(model) is model
+    assert set(vars(model)) == before, "...and remove_teacache lets it go"
+    assert equal(denoise(model, PROMPT, NEGATIVE)[0], stock)
+    assert set(vars(remove_teacache(other))) == set(vars(tiny_model(1))), "removing twice, or what was never applied"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(num_steps=0),
+        dict(num_steps=-3),
+        dict(num_steps=2.5),
+        dict(rel_l1_thresh=-0.1),
+        dict(rel_l1_thresh=float("nan")),
+        dict(rel_l1_thresh=float("inf")),
+        dict(coefficients=[]),
+        dict(coefficients=[1.0, float("nan")]),
+    ],
+    ids=str,
+)
+def test_bad_settings(model, bad):
+    before = set(vars(model))
+    with pytest.raises(ValueError) as error:
+        apply_teacache(model, **bad)
+    assert "\n" not in str(error.value) and set(vars(model)) == before
+
+
+@pytest.mark.parametrize("hook_first", [True, False])
+def test_inside_offloading_hooks(model, hook_first):
+    """accelerate replaces `forward` on the instance; both orders work, and removing either leaves the other."""
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Count(hooks.ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    stock = denoise(model, PROMPT, NEGATIVE)[0]
+    expected = oracle_run(model, 0.1, IDENTITY, 8, PROMPT, NEGATIVE)[0]
+    hook = Count()
+    steps = [lambda: hooks.add_hook_to_module(model, hook)]
+    steps.insert(1 if hook_first else 0, lambda: apply_teacache(model, 8, 0.1, IDENTITY))
+    for step in steps:
+        step()
+    assert equal(denoise(model, PROMPT, NEGATIVE)[0], expected) and hook.calls == 16
+    remove_teacache(model)
+    assert equal(denoise(model, PROMPT, NEGATIVE)[0], stock) and hook.calls == 32
+    hooks.remove_hook_from_module(model)
+    assert equal(denoise(model, PROMPT, NEGATIVE)[0], stock) and hook.calls == 32
+
+
+def test_import_does_nothing():
+    code = """
+import sys, torch, diffusers
+def world():
+    m = diffusers.Lumina2Transformer2DModel
+    return (m.forward, dict(vars(m)), list(sys.path), torch.is_grad_enabled(), torch.get_num_threads(),
+            torch.get_default_dtype(), torch.initial_seed(), torch.get_rng_state().sum().item(),
+            torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled())
+before = world()
+from TeaCache4LuminaT2X.teacache_lumina2 import teacache_forward
+assert world() == before and "flash_attn" not in sys.modules
+print("clean")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout == "clean\n", run.stderr
+
+
+# --- through the real pipeline ------------------------------------------------------
+
+
+@pytest.mark.skipif(not BUNDLED.joinpath("model_index.json").is_file(), reason="the bundled model is not there")
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(prompt="red apple"),
+        dict(prompt="red apple", guidance_scale=1.0),
+        dict(prompt="red apple", negative_prompt="green apple"),
+        dict(prompt="red apple", cfg_trunc_ratio=0.5),
+        dict(prompt=["red apple", "smiling face with sunglasses"], num_images_per_prompt=2),
+        dict(prompt="fox", height=96, width=160),
+    ],
+    ids=str,
+)
+def test_pipeline_modes(pipeline, kwargs):
+    model, steps = pipeline.transformer, 8
+
+    def draw(seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return pipeline(**kwargs, num_inference_steps=steps, generator=generator, output_type="pt").images
+
+    try:
+        stock = draw()
+        apply_teacache(model, num_steps=steps, rel_l1_thresh=0)
+        assert torch.equal(draw(), stock)
+        apply_teacache(model, num_steps=steps, rel_l1_thresh=0.3, coefficients=IDENTITY)
+        first, schedule = draw(), model.teacache.schedule
+        assert len(schedule) == steps and schedule[0] and schedule[-1] and False in schedule
+        assert not torch.equal(first, stock)
+        assert tensors_in(model.teacache) == []
+        draw(seed=1)
+        assert torch.equal(draw(), first), "after another image, the same again"
+    finally:
+        remove_teacache(model)
