@@ -20,20 +20,20 @@ In your own code (nothing happens at import):
 import argparse
 import copy
 import functools
-import json
+import importlib
+import inspect
 import math
 import os
-import platform
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import MethodType
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
+from diffusers.utils import USE_PEFT_BACKEND, logging, scale_lora_layers, unscale_lora_layers
 
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.3  # 0: original | 0.1: 1.05x | 0.2: 1.15x | 0.3: 1.25x  (original authors, 4070 laptop, 1024x1536)
@@ -163,18 +163,16 @@ def rescale(coefficients, x):
 
 def lora_scaled(forward):
     """attention_kwargs={"scale": s} scales the LoRA layers during the call, also one that fails (as stock does)."""
+    signature = inspect.signature(forward)
 
     @functools.wraps(forward)
-    def wrapper(
-        self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, attention_kwargs=None, return_dict=True
-    ):
+    def wrapper(self, *args, **kwargs):
+        attention_kwargs = signature.bind(self, *args, **kwargs).arguments.get("attention_kwargs")
         scale = (attention_kwargs or {}).get("scale", 1.0)
         if USE_PEFT_BACKEND:
             scale_lora_layers(self, scale)
         try:
-            return forward(
-                self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, attention_kwargs, return_dict
-            )
+            return forward(self, *args, **kwargs)
         finally:
             if USE_PEFT_BACKEND:
                 unscale_lora_layers(self, scale)
@@ -184,7 +182,13 @@ def lora_scaled(forward):
 
 @lora_scaled
 def teacache_forward(
-    self, hidden_states, timestep, encoder_hidden_states, encoder_attention_mask, attention_kwargs=None, return_dict=True
+    self,
+    hidden_states,
+    timestep,
+    encoder_hidden_states,
+    encoder_attention_mask,
+    attention_kwargs=None,
+    return_dict=True,
 ):
     """`Lumina2Transformer2DModel.forward` (diffusers 0.33 to 0.42) with TeaCache around `self.layers`.
 
@@ -229,8 +233,9 @@ def teacache_forward(
     branch, thresh = None, getattr(self, "rel_l1_thresh", REL_L1_THRESH)
     if getattr(self, "enable_teacache", True) and not torch.is_grad_enabled():
         state = self.__dict__.setdefault("teacache", TeaCacheState())
+        num_steps = getattr(self, "num_steps", NUM_INFERENCE_STEPS)
         conditioning = (encoder_hidden_states, encoder_attention_mask, latents.shape, latents.dtype, latents.device)
-        branch = state.enter(timestep.flatten()[0].item(), conditioning, getattr(self, "num_steps", NUM_INFERENCE_STEPS))
+        branch = state.enter(timestep.flatten()[0].item(), conditioning, num_steps)
         caching = thresh > 0 and not state.last
         modulated = self.layers[0].norm1(joint, temb)[0] if caching else None
         if state.compute is None:  # the first call of a step decides for all of its branches
@@ -322,50 +327,7 @@ def set_forward(model, forward):
         vars(model).pop("forward", None)
 
 
-# --- pictures and figures -------------------------------------------------------
-
-
-def psnr(image, reference):
-    """dB between two PIL images of one size; infinite if they are equal."""
-    a, b = pixels(image), pixels(reference)
-    mse = (a - b).square().mean().item()
-    return 10 * math.log10(1 / mse) if mse > 0 else math.inf
-
-
-def ssim(image, reference):
-    """Mean structural similarity: Gaussian window of 11 pixels, sigma 1.5 (Wang et al. 2004), over R, G and B."""
-    a, b = pixels(image), pixels(reference)
-    g = torch.exp(-(torch.arange(-5.0, 6.0, dtype=a.dtype) ** 2) / (2 * 1.5**2))
-    window = (g[:, None] * g / g.sum() ** 2)[None, None]
-    mu_a, mu_b, aa, bb, ab = (F.conv2d(x[:, None], window) for x in (a, b, a * a, b * b, a * b))
-    c1, c2 = 0.01**2, 0.03**2
-    luminance = (2 * mu_a * mu_b + c1) / (mu_a**2 + mu_b**2 + c1)
-    structure = (2 * (ab - mu_a * mu_b) + c2) / (aa - mu_a**2 + bb - mu_b**2 + c2)
-    return (luminance * structure).mean().item()
-
-
-def pixels(image):
-    """(3, height, width) in [0, 1], float64."""
-    data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return data.view(image.height, image.width, 3).permute(2, 0, 1).double() / 255
-
-
-def draw_strip(rows, path):
-    """rows: one a prompt, each a list of (PIL image, lines of text); written whole or not at all."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    side = max(rows[0][0][0].width, 160)
-    scale = side / rows[0][0][0].width
-    tall, line = round(rows[0][0][0].height * scale), max(13, side // 16)
-    cell = (side + line, tall + line * (len(rows[0][0][1]) + 2))
-    strip = Image.new("RGB", (cell[0] * len(rows[0]), cell[1] * len(rows)), "white")
-    pen, font = ImageDraw.Draw(strip), ImageFont.load_default(size=round(0.8 * line))
-    for r, row in enumerate(rows):
-        for c, (image, text) in enumerate(row):
-            x, y = c * cell[0] + line // 2, r * cell[1] + line // 2
-            strip.paste(image.resize((side, tall), Image.LANCZOS) if scale != 1 else image, (x, y))
-            pen.multiline_text((x, y + tall + line // 3), "\n".join(text), fill="black", font=font, spacing=line // 5)
-    save(strip, path)
+# --- the command line -----------------------------------------------------------
 
 
 def save(image, path):
@@ -376,9 +338,6 @@ def save(image, path):
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-
-
-# --- the command line -----------------------------------------------------------
 
 
 def fail(message):
@@ -415,7 +374,8 @@ def parse(argv=None):
         args.model = MODEL if args.device == "cuda" else str(BUNDLED_MODEL)
         if args.device != "cuda":
             print(f"No CUDA GPU: drawing with the small bundled emoji model. For the real one: --model {MODEL}")
-    args.prompt = args.prompt or [BUNDLED_PROMPT if args.model == str(BUNDLED_MODEL) else PROMPT]
+    bundled = Path(args.model).resolve() == BUNDLED_MODEL
+    args.prompt = args.prompt or [BUNDLED_PROMPT if bundled else PROMPT]
     args.output = args.output or Path(f"teacache_lumina2_{'compare' if args.compare else 'output'}.png")
     # threshold 0 comes first: it is what the others are measured against
     args.thresholds = list(dict.fromkeys([0.0, *args.compare])) if args.compare else [args.rel_l1_thresh]
@@ -453,15 +413,24 @@ def load_pipeline(args):
     """The pipeline on its device."""
     from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
 
+    local = Path(args.model).is_dir()
+    hint = "is it a whole Lumina2Pipeline?" if local else "is the name right, and the Hub in reach and open to you?"
+    what, options, verbosity = args.model, {"torch_dtype": args.dtype}, logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
-        parts = {"torch_dtype": args.dtype}
-        if args.transformer:
-            where = {"config": args.model, "subfolder": "transformer"}
-            parts["transformer"] = Lumina2Transformer2DModel.from_single_file(str(args.transformer), **where, **parts)
-        pipeline = Lumina2Pipeline.from_pretrained(args.model, **parts)
-    except Exception as error:  # a Hub that is out of reach, gated or misspelt; a checkpoint of another kind
-        first = str(error).strip().splitlines() or [""]
-        fail(f"could not load {args.transformer or args.model}: {type(error).__name__}: {first[0][:300]}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers 0.42 calls it dtype, 0.33 knows only torch_dtype
+            if args.transformer:
+                what, where = args.transformer, {"config": args.model, "subfolder": "transformer"}
+                options["transformer"] = Lumina2Transformer2DModel.from_single_file(str(what), **where, **options)
+                what = args.model
+            pipeline = Lumina2Pipeline.from_pretrained(args.model, **options)
+    except Exception as error:
+        hint = hint if what == args.model else f"is it a transformer of this kind, and {args.model} in reach?"
+        first = (str(error).strip().splitlines() or [""])[0]
+        fail(f"could not load {what}: {hint} ({type(error).__name__}: {first[:160]})")
+    finally:
+        logging.set_verbosity(verbosity)
     if args.offload == "model":
         pipeline.enable_model_cpu_offload(device=args.device)
     elif args.offload == "sequential":
@@ -471,8 +440,8 @@ def load_pipeline(args):
     return pipeline
 
 
-def generate(pipeline, prompt, thresh, args, steps=None):
-    """A picture and its figures: seconds, computed and all steps."""
+def generate(pipeline, args, prompt, thresh, steps=None):
+    """A PIL image and its figures: seconds, computed and all steps."""
     steps = steps or args.num_inference_steps
     apply_teacache(pipeline.transformer, steps, thresh)
     synchronize = getattr(torch, args.device).synchronize
@@ -493,55 +462,15 @@ def generate(pipeline, prompt, thresh, args, steps=None):
     return image, {"seconds": time.perf_counter() - began, "computed": sum(schedule), "steps": len(schedule)}
 
 
-def compare(pipeline, args):
-    """Each prompt at each threshold: a strip of pictures, a Markdown table, and one JSON line last."""
-    import diffusers
-
-    generate(pipeline, args.prompt[0], 0.0, args, steps=2)  # warm-up, untimed
-    rows, table = [], []
-    for prompt in args.prompt:
-        row = [(thresh, *generate(pipeline, prompt, thresh, args)) for thresh in args.thresholds]
-        (_, reference, base), *_ = row
-        for thresh, image, figures in row:
-            figures |= {"speedup": base["seconds"] / figures["seconds"]}
-            figures |= {"psnr": psnr(image, reference), "ssim": ssim(image, reference)}
-            table.append({"prompt": prompt, "rel_l1_thresh": thresh, **figures})
-        rows.append([(image, describe(entry)) for (_, image, _), entry in zip(row, table[-len(row) :])])
-    draw_strip(rows, args.output)
-    print(f"\nsaved {args.output}\n")
-    print("| prompt | rel_l1_thresh | seconds | speedup | steps computed | PSNR | SSIM |\n|---|---|---|---|---|---|---|")
-    for e in table:
-        cells = f"{e['seconds']:.2f} | {e['speedup']:.2f}x | {e['computed']} / {e['steps']} | {e['psnr']:.2f} | {e['ssim']:.4f}"
-        print(f"| {e['prompt']} | {e['rel_l1_thresh']:g} | {cells} |")
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    for e in table:
-        e["psnr"] = e["psnr"] if math.isfinite(e["psnr"]) else None  # JSON knows no infinity
-    head = {"model": Path(args.model).name, "device": args.device, "machine": machine, "dtype": str(args.dtype)[6:]}
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    print(json.dumps({**head, **versions, "output": str(args.output), "runs": table}))
-
-
-def describe(entry):
-    """The lines under a picture of the strip."""
-    if entry["rel_l1_thresh"] == 0:
-        return ["original", f"{entry['seconds']:.2f} s", f"{entry['computed']} / {entry['steps']} steps"]
-    return [
-        f"threshold {entry['rel_l1_thresh']:g}",
-        f"{entry['seconds']:.2f} s, {entry['speedup']:.2f}x",
-        f"{entry['computed']} / {entry['steps']} steps",
-        f"PSNR {entry['psnr']:.1f} dB",
-        f"SSIM {entry['ssim']:.3f}",
-    ]
-
-
 def main(argv=None):
     args = parse(argv)
     pipeline = load_pipeline(args)
     if args.compare:
-        compare(pipeline, args)
+        beside = importlib.import_module(f"{__package__}.compare_lumina2" if __package__ else "compare_lumina2")
+        beside.compare(functools.partial(generate, pipeline, args), args, save)
         return
     for i, prompt in enumerate(args.prompt):
-        image, figures = generate(pipeline, prompt, args.rel_l1_thresh, args)
+        image, figures = generate(pipeline, args, prompt, args.rel_l1_thresh)
         path = args.output if len(args.prompt) == 1 else args.output.with_stem(f"{args.output.stem}_{i + 1}")
         save(image, path)
         computed, steps = figures["computed"], figures["steps"]

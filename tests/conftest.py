@@ -44,8 +44,19 @@ class Interrupted(Exception):
     pass
 
 
-def denoise(model, cond, uncond=None, steps=8, size=(4, 4), seed=0, trunc=1.0, before_call=None, cast=False, sigmas=None,
-            switch=None):  # fmt: skip
+def denoise(
+    model,
+    cond,
+    uncond=None,
+    steps=8,
+    size=(4, 4),
+    seed=0,
+    trunc=1.0,
+    before_call=None,
+    cast=False,
+    sigmas=None,
+    switch=None,
+):
     """The loop of Lumina2Pipeline over (embeds, mask) pairs: same calls, same order, same values.
 
     before_call(step, name, count) runs before each call to the model and may raise Interrupted; `cast` passes a new
@@ -104,8 +115,8 @@ class Oracle(torch.nn.Module):
             if step in (0, self.num_steps - 1) or self.thresh == 0 or memory.get("step") != step - 1:
                 compute = True
             else:
-                old = memory["modulated"]
-                change = ((modulated - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
+                difference, old = (modulated - memory["modulated"]).abs(), memory["modulated"].abs()
+                change = (difference.mean(dtype=torch.float32) / old.mean(dtype=torch.float32)).item()
                 self.accumulated += self.poly(change)
                 compute = not self.accumulated < self.thresh
             if compute:

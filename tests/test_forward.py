@@ -12,6 +12,7 @@ from conftest import (
     ROOT,
     STOCK_FORWARD,
     Interrupted,
+    Oracle,
     block_calls,
     conditioning,
     denoise,
@@ -145,7 +146,8 @@ def test_guided_run_follows_the_formula(model, coefficients, thresh):
 
 def test_the_formula_skips_here(model):
     """The runs above would prove nothing if they all computed, or all skipped."""
-    computed = [sum(oracle_run(model, t, IDENTITY, 12, PROMPT, NEGATIVE, steps=12)[2]) for t in (0.03, 0.06, 0.1, 0.2, 2.0)]
+    runs = [oracle_run(model, t, IDENTITY, 12, PROMPT, NEGATIVE, steps=12) for t in (0.03, 0.06, 0.1, 0.2, 2.0)]
+    computed = [sum(schedule) for _, _, schedule in runs]
     assert computed == sorted(computed, reverse=True) and len(set(computed)) >= 4 and computed[-1] == 2
 
 
@@ -183,7 +185,6 @@ def test_modes(model, mode, thresh):
     kwargs = {"cond": PROMPT, "uncond": NEGATIVE} | MODES[mode]
     if mode == "negative equals prompt":  # the pipeline would pass two tensors of equal content
         kwargs["uncond"] = tuple(t.clone() for t in PROMPT)
-    names = {}
 
     if "switch" in kwargs:  # to the oracle, a new prompt is a new branch
 
@@ -195,8 +196,6 @@ def test_modes(model, mode, thresh):
             return "cond" if mode == "negative equals prompt" else name
 
     blocks = model.layers
-    from conftest import Oracle
-
     oracle = Oracle(blocks, thresh, IDENTITY, 8)
     model.layers = torch.nn.ModuleList([oracle])
     expected, _ = denoise(model, before_call=lambda s, n, c: oracle.at(s, rename(s, n, c)), **kwargs)
@@ -208,7 +207,6 @@ def test_modes(model, mode, thresh):
     assert False in oracle.schedule and oracle.schedule[0] and oracle.schedule[-1]
     assert equal(outputs, expected)
     assert tensors_in(model.teacache) == []
-    assert names == {}
 
 
 SECOND = {

@@ -43,13 +43,14 @@ VAE_LR = 4e-3
 KL_WEIGHT = 3e-3        # on the mean over latent elements: smooth latents are easier to draw
 
 WIDTH = 192             # of the transformer and of the text encoder
-STEPS = 5000
+STEPS = 3000
 BATCH = 64
-LR = 1.0e-3
+LR = 2e-3
 WARMUP = 100
 EMA = 0.999
 CAPTION_DROPOUT = 0.1   # the pipeline's empty negative prompt, so that guidance has something to leave
 SPELL = 0.05            # share of words spelled out letter by letter, so that unknown words mean something
+MAX_TOKENS = 16         # to which captions are padded here; longer ones are not spelled
 SHIFT = 2.0             # of the sampling schedule; training timesteps are logit-normal
 # ------------------------------------------------------------------------------
 
@@ -307,7 +308,8 @@ def caption(names):
     forms += [f"a picture of {article} {name}", f"a photo of {article} {name}", f"cute {name}", f"{name} icon"]
     words = random.choice(forms).split()
     spelled = [w if random.random() > SPELL else "\0".join(w) for w in words]
-    return " ".join(spelled)
+    fits = len(spelled) + sum(w.count("\0") for w in spelled) < MAX_TOKENS
+    return " ".join(spelled if fits else words)
 
 
 class Tokens:
@@ -328,7 +330,7 @@ class Tokens:
 
     def __call__(self, captions):
         rows = [[self.tokenizer.bos_token_id, *(i for w in c.split() for i in self.word(w))] for c in captions]
-        longest = max(map(len, rows))
+        longest = max(MAX_TOKENS, *map(len, rows))
         ids = torch.tensor([r + [self.tokenizer.pad_token_id] * (longest - len(r)) for r in rows])
         mask = torch.tensor([[1] * len(r) + [0] * (longest - len(r)) for r in rows])
         return ids, mask
@@ -340,10 +342,13 @@ def train_transformer(latents, work, device):
     tokenizer = build_tokenizer()
     tokens, names = Tokens(tokenizer), [n for _, n in load_emoji()]
     model = torch.nn.ModuleDict({"encoder": build_text_encoder(len(tokenizer)), "dit": build_transformer()}).to(device)
-    # complex64 instead of complex128: the rotary product is a fifth of the time otherwise
+    # complex64 instead of complex128: faster, and as good for training
     rope = model.dit.rope_embedder
     rope.freqs_cis = [f.to(device, torch.complex64) for f in rope.freqs_cis]
     ema = copy.deepcopy(model).requires_grad_(False)
+    torch._dynamo.config.cache_size_limit = 64
+    for block in [*model.dit.layers, *model.dit.noise_refiner, *model.dit.context_refiner]:
+        block.compile(dynamic=True)  # 1.8 times as fast on a CPU
     blocks = [p for n, p in model.named_parameters() if p.ndim == 2 and ("layers." in n or "refiner." in n)]
     optimizers = build_optimizers(model, blocks, LR, LR / 2, STEPS)
     run = Run(work / "transformer.pt", STEPS, model=model, ema=ema, **optimizers)

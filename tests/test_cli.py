@@ -1,0 +1,211 @@
+"""The command line, end to end on the bundled model, and each way to get it wrong."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import BUNDLED, ROOT, tensors_in
+from PIL import Image
+
+from TeaCache4LuminaT2X import compare_lumina2, teacache_lumina2
+from TeaCache4LuminaT2X.teacache_lumina2 import main
+
+SCRIPT = ROOT / "TeaCache4LuminaT2X" / "teacache_lumina2.py"
+MODEL = ["--model", str(BUNDLED)]
+FAST = [*MODEL, "--num-inference-steps", "8"]
+
+
+@pytest.fixture
+def identity(monkeypatch):
+    """Thresholds that mean something on any model: the sum of the plain relative changes."""
+    monkeypatch.setattr(teacache_lumina2, "COEFFICIENTS", [1.0, 0.0])
+
+
+def load(path):
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def test_run_as_a_script_from_anywhere(tmp_path):
+    """`python teacache_lumina2.py`, nothing else: on a machine without CUDA the bundled model, and it says so."""
+    command = [sys.executable, str(SCRIPT), *([] if not torch.cuda.is_available() else MODEL)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    lines = run.stdout.splitlines()
+    if not torch.cuda.is_available():
+        assert "bundled" in lines[0] and "--model Alpha-VLLM/Lumina-Image-2.0" in lines[0]
+    assert "saved teacache_lumina2_output.png" in lines[-1] and "of 30 steps computed" in lines[-1]
+    assert "30/30" in run.stderr, "the pipeline's progress bar stays on"
+    assert [p.name for p in tmp_path.iterdir()] == ["teacache_lumina2_output.png"]
+    assert load(tmp_path / "teacache_lumina2_output.png").shape == (128, 128, 3)
+
+
+def test_compare(tmp_path, capsys, identity, monkeypatch):
+    """The strip; threshold 0 is the plain pipeline's picture; PSNR and steps computed fall as the threshold rises."""
+    drawn = []
+    strip = compare_lumina2.strip
+    monkeypatch.setattr(compare_lumina2, "strip", lambda rows: drawn.extend(rows) or strip(rows))
+    main([*MODEL, "--prompt", "red apple", "--compare", "0.2", "0.5", "1.0", "--output", str(tmp_path / "strip.png")])
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    runs = result["runs"]
+    assert [r["rel_l1_thresh"] for r in runs] == [0, 0.2, 0.5, 1.0], "0 is added: the others are measured against it"
+    computed, psnr = [r["computed"] for r in runs], [r["psnr"] for r in runs]
+    assert computed[0] == 30 and computed == sorted(computed, reverse=True) and len(set(computed)) == 4
+    assert psnr[0] is None and psnr[1:] == sorted(psnr[1:], reverse=True) and len(set(psnr)) == 4
+    assert all(r["steps"] == 30 and 0 < r["ssim"] <= 1 for r in runs)
+    assert all(r["speedup"] == pytest.approx(runs[0]["seconds"] / r["seconds"]) for r in runs)
+
+    table = [line for line in out.splitlines() if line.startswith("| red apple |")]
+    assert len(table) == 4
+    for line, r in zip(table, runs):
+        assert f"| {r['rel_l1_thresh']:g} |" in line and f"{r['computed']} / 30" in line and f"{r['seconds']:.2f}" in line
+
+    page = Image.open(tmp_path / "strip.png")
+    assert page.width > 4 * 128 and page.height > 128
+    (row,) = drawn
+    assert [entry["rel_l1_thresh"] for _, entry in row] == [0, 0.2, 0.5, 1.0]
+    for c, (image, _) in enumerate(row):  # the pictures are really on it
+        x = c * page.width // 4 + page.width // 8
+        assert load(tmp_path / "strip.png")[80, x].tolist() == pytest.approx(
+            image.resize((160, 160), Image.LANCZOS).getpixel((x - c * page.width // 4 - 7, 73)), abs=60
+        )
+
+    from diffusers import Lumina2Pipeline
+
+    plain = Lumina2Pipeline.from_pretrained(BUNDLED)
+    plain.set_progress_bar_config(disable=True)
+    expected = plain("red apple", generator=torch.Generator().manual_seed(teacache_lumina2.SEED)).images[0]
+    assert np.array_equal(np.asarray(row[0][0]), np.asarray(expected))
+
+
+def test_flags_reach_the_pipeline(tmp_path, capsys, identity, monkeypatch):
+    from diffusers import Lumina2Pipeline
+
+    calls, call = [], Lumina2Pipeline.__call__
+    monkeypatch.setattr(Lumina2Pipeline, "__call__", lambda self, *a, **k: calls.append((a, k)) or call(self, *a, **k))
+    flags = "--negative-prompt blue --height 96 --width 160 --guidance-scale 3 --cfg-trunc-ratio 0.5 --seed 5"
+    path = tmp_path / "out.jpg"
+    more = ["--prompt", "fox", "--prompt", "red apple", "--rel-l1-thresh", "0.4", "--dtype", "bfloat16"]
+    main([*FAST, *flags.split(), *more, "--output", str(path)])
+    (first, kwargs), (second, _) = calls
+    assert (first, second) == (("fox",), ("red apple",))
+    generator = kwargs.pop("generator")
+    assert generator.initial_seed() == 5
+    expected = dict(negative_prompt="blue", height=96, width=160, guidance_scale=3.0, cfg_trunc_ratio=0.5)
+    assert kwargs == expected | {"num_inference_steps": 8}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out_1.jpg", "out_2.jpg"]
+    assert load(tmp_path / "out_1.jpg").shape == (96, 160, 3)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert f"saved {tmp_path / 'out_2.jpg'}" in last and "of 8 steps computed" in last and " s, " in last
+
+
+def test_single_file_transformer(tmp_path):
+    weights = BUNDLED / "transformer" / "diffusion_pytorch_model.safetensors"
+    main([*FAST, "--output", str(tmp_path / "folder.png")])
+    main([*FAST, "--output", str(tmp_path / "file.png"), "--transformer", str(weights)])
+    assert np.array_equal(load(tmp_path / "folder.png"), load(tmp_path / "file.png"))
+
+
+BAD = {
+    "negative threshold": (["--rel-l1-thresh", "-0.1"], "rel_l1_thresh"),
+    "NaN threshold": (["--rel-l1-thresh", "nan"], "rel_l1_thresh"),
+    "NaN among those compared": (["--compare", "0", "nan"], "rel_l1_thresh"),
+    "no number": (["--rel-l1-thresh", "much"], "much"),
+    "zero steps": (["--num-inference-steps", "0"], "steps"),
+    "size": (["--height", "100"], "multiple of 16"),
+    "negative size": (["--width", "-16"], "multiple of 16"),
+    "guidance": (["--guidance-scale", "nan"], "guidance"),
+    "truncation": (["--cfg-trunc-ratio", "1.5"], "between 0 and 1"),
+    "seed": (["--seed", "-1"], "seed"),
+    "no such folder": (["--model", "./no/such/folder"], "no model folder"),
+    "an empty folder": (["--model", "{tmp}"], "model_index.json"),
+    "no checkpoint": (["--transformer", "none.safetensors"], "no checkpoint file"),
+    "output without a folder": (["--output", "{tmp}/no/picture.png"], "cannot write"),
+    "output below a file": (["--output", "{tmp}/file/picture.png"], "cannot write"),
+    "output is a folder": (["--output", "{tmp}/folder.png"], "cannot write"),
+    "output of no kind": (["--output", "{tmp}/picture.txt"], ".png"),
+    "unknown flag": (["--treshold", "1"], "--treshold"),
+    "unknown dtype": (["--dtype", "int8"], "int8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_before_loading(case, tmp_path, capsys, monkeypatch):
+    def no_loading(args):
+        raise AssertionError("loading began")
+
+    monkeypatch.setattr(teacache_lumina2, "load_pipeline", no_loading)
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "folder.png").mkdir()
+    flags, word = BAD[case]
+    flags = [f.replace("{tmp}", str(tmp_path)) for f in flags]
+    with pytest.raises(SystemExit) as exit:
+        main([*([] if "--model" in flags else MODEL), *flags])
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and captured.out == ""
+    assert len(captured.err.splitlines()) == 1 and word in captured.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to offload from")
+def test_offload_without_a_gpu(capsys):
+    with pytest.raises(SystemExit):
+        main([*MODEL, "--offload", "model"])
+    assert "GPU" in capsys.readouterr().err
+
+
+def test_broken_checkpoint_and_unreachable_hub_are_one_line(tmp_path):
+    """In processes of their own, with the Hub at an address where nothing listens; libraries add no line either."""
+    (tmp_path / "broken.safetensors").write_bytes(b"not a checkpoint")
+    (tmp_path / "before.png").write_bytes(b"precious")
+    cases = [
+        (["--model", "somebody/no-such-model"], "somebody/no-such-model"),
+        ([*MODEL, "--transformer", str(tmp_path / "broken.safetensors")], "broken.safetensors"),
+    ]
+    for flags, word in cases:
+        command = [sys.executable, str(SCRIPT), *flags, "--output", str(tmp_path / "before.png")]
+        env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache"), "PATH": ""}
+        run = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert run.returncode == 2 and run.stdout == ""
+        assert len(run.stderr.splitlines()) == 1 and word in run.stderr, run.stderr
+        assert (tmp_path / "before.png").read_bytes() == b"precious"
+
+
+def test_a_failed_save_keeps_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "out.png"
+    path.write_bytes(b"precious")
+
+    def fail_halfway(self, where):
+        where.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail_halfway)
+    with pytest.raises(OSError):
+        teacache_lumina2.save(Image.new("RGB", (8, 8)), path)
+    assert path.read_bytes() == b"precious" and [p.name for p in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_psnr_and_ssim_are_those_of_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics")
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (40, 52, 3), dtype=np.uint8)
+    b = np.clip(a + rng.normal(0, 20, a.shape), 0, 255).astype(np.uint8)
+    images = Image.fromarray(a), Image.fromarray(b)
+    assert compare_lumina2.psnr(*images) == pytest.approx(metrics.peak_signal_noise_ratio(a, b), abs=1e-9)
+    ours = compare_lumina2.ssim(*images)
+    theirs = metrics.structural_similarity(
+        a, b, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
+    )
+    assert ours == pytest.approx(theirs, abs=2e-3)  # it keeps the borders, we leave them out
+    assert compare_lumina2.psnr(images[0], images[0]) == np.inf and compare_lumina2.ssim(images[0], images[0]) == 1
+
+
+def test_generate_leaves_no_tensor(pipeline):
+    args = teacache_lumina2.parse([*FAST, "--rel-l1-thresh", "0.5"])
+    _, figures = teacache_lumina2.generate(pipeline, args, "fox", 0.5)
+    assert tensors_in(pipeline.transformer.teacache) == []
+    assert figures["steps"] == 8 and 2 <= figures["computed"] <= 8
+    teacache_lumina2.remove_teacache(pipeline.transformer)
