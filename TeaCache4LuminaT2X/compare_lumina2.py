@@ -8,7 +8,6 @@ import json
 import math
 import os
 import platform
-from pathlib import Path
 
 import diffusers
 import torch
@@ -45,12 +44,13 @@ def ssim(image, reference):
 
 def lines(entry):
     """What stands under a picture of the strip."""
-    seconds, steps = f"{entry['seconds']:.2f} s", f"{entry['computed']} / {entry['steps']} steps"
-    if entry["rel_l1_thresh"] == 0:
-        return ["original", seconds, steps]
-    similarity = [f"PSNR {entry['psnr']:.1f} dB", f"SSIM {entry['ssim']:.3f}"]
-    similarity = ["the same picture"] if entry["psnr"] == math.inf else similarity
-    return [f"threshold {entry['rel_l1_thresh']:g}", f"{seconds}, {entry['speedup']:.2f}x", steps, *similarity]
+    return [
+        f"threshold {entry['rel_l1_thresh']:g}" + (" (original)" if entry["rel_l1_thresh"] == 0 else ""),
+        f"{entry['seconds']:.2f} s, {entry['speedup']:.2f}x",
+        f"{entry['computed']} / {entry['steps']} steps",
+        f"PSNR {entry['psnr']:.1f} dB",
+        f"SSIM {entry['ssim']:.3f}",
+    ]
 
 
 def strip(rows):
@@ -58,12 +58,13 @@ def strip(rows):
     first = rows[0][0][0]
     side = max(first.width, 160)  # small pictures are enlarged, for the text to fit under them
     tall, line = round(first.height * side / first.width), max(14, side // 16)
-    wide, high = side + line, tall + 7 * line
+    wide, high = side + line, tall + 9 * line
     page = Image.new("RGB", (wide * len(rows[0]), high * len(rows)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=0.85 * line)
     for r, row in enumerate(rows):
+        pen.text((line // 2, r * high + line // 3), row[0][1]["prompt"], fill="black", font=font)
         for c, (image, entry) in enumerate(row):
-            x, y = c * wide + line // 2, r * high + line // 2
+            x, y = c * wide + line // 2, r * high + 2 * line
             page.paste(image.resize((side, tall), Image.LANCZOS), (x, y))
             pen.multiline_text((x, y + tall + line // 3), "\n".join(lines(entry)), fill="black", font=font, spacing=1)
     return page
@@ -95,16 +96,8 @@ def compare(generate, args, save):
         print(f"| {e['prompt'].replace('|', '/')} | {cost} | {e['psnr']:.2f} | {e['ssim']:.4f} |")
         e["psnr"] = e["psnr"] if math.isfinite(e["psnr"]) else None  # JSON knows no infinity
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    print(
-        json.dumps(
-            {
-                "model": Path(args.model).name,
-                "machine": machine,
-                "dtype": str(args.dtype).removeprefix("torch."),
-                "torch": torch.__version__,
-                "diffusers": diffusers.__version__,
-                "output": str(args.output),
-                "runs": entries,
-            }
-        )
-    )
+    names = "model transformer negative_prompt seed num_inference_steps height width guidance_scale cfg_trunc_ratio dtype"
+    settings = {name: getattr(args, name) for name in (*names.split(), "coefficients")}
+    versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    # paths and the dtype as text
+    print(json.dumps({**settings, **versions, "output": args.output, "runs": entries}, default=str))

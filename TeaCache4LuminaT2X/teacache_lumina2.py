@@ -18,11 +18,11 @@ In your own code (nothing happens at import):
 """
 
 import argparse
-import copy
 import functools
 import importlib
 import inspect
 import math
+import numbers
 import os
 import re
 import sys
@@ -48,9 +48,10 @@ MODEL = "Alpha-VLLM/Lumina-Image-2.0"  # the default where a CUDA GPU is there, 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "lumina2-emoji"
 BUNDLED_PROMPT = "smiling face with sunglasses"
 # Rescaling polynomials, highest power first (ali-vilab/TeaCache, pull requests 70 and 76).
-# v1 was fitted for Lumina-Next, v2 found for Lumina-Image-2.0 by a search on LPIPS: set COEFFICIENTS = COEFFICIENTS_V2.
-COEFFICIENTS = [393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344]
+# v1 was fitted for Lumina-Next, v2 found for Lumina-Image-2.0 by a search on LPIPS.
+COEFFICIENTS_V1 = [393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344]
 COEFFICIENTS_V2 = [225.7042019806413, -608.8453716535591, 304.1869942338369, 124.21267720116742, -1.4089066892956552]
+COEFFICIENTS = COEFFICIENTS_V1
 # ------------------------------------------------------------------------------
 
 
@@ -60,89 +61,66 @@ COEFFICIENTS_V2 = [225.7042019806413, -608.8453716535591, 304.1869942338369, 124
 class Branch:
     """What is remembered for one conditioning, the prompt's or the negative prompt's, of a running generation."""
 
-    def __init__(self, conditioning):
-        self.conditioning = conditioning  # tensors and plain values, compared by `match`
+    def __init__(self, tensors, layout):
+        self.tensors, self.layout = tensors, layout  # what it is known by
         self.step = -1  # the last step that called it
         self.modulated = None  # indicator input of that step
         self.residual = None  # output minus input of the blocks at the last computed step
 
+    def has(self, tensors):
+        """These very tensors, or (where a caller casts anew at each call) equal ones."""
+        return all(
+            a is b or ((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b))
+            for a, b in zip(self.tensors, tensors)
+        )
+
 
 class TeaCacheState:
-    """Where a model stands in a generation: the step, what was decided for it, and the branches.
+    """Where a model stands in a generation: the step, the decision for it, and its branches.
 
-    It sees only the calls. `time` rises from step to step, and all calls of one step share it; a time that falls,
-    or one that rises with a conditioning never seen, begins a new generation. So an interrupted generation, or one
-    with another prompt, size or batch, leaves nothing to the next. A branch that misses a step is forgotten.
+    It sees only the calls. All calls of one step share their `time`, and it rises from step to step. A time that
+    falls, or a conditioning that has nothing of the last step's, begins a new generation: so an interrupted one, or
+    one with another prompt, size or batch, leaves nothing to the next. A branch that misses a step is forgotten.
     """
 
     def __init__(self):
+        self.reset()
+
+    def reset(self):
         self.step, self.time, self.last = -1, -math.inf, False
         self.compute = None  # the decision for this step, for all its branches; None: not yet made
         self.accumulated = 0.0  # rescaled relative L1 change since the last computed step
-        self.schedule = []  # for each step of this generation: True where computed
+        self.schedule = []  # the decisions of this generation: True for a step that is computed
         self.branches = []
-        self.before = None  # the generation that this one seemed to end, until the step is over
 
-    def enter(self, time, conditioning, num_steps):
-        """The branch of this call, after moving to its step. At the last step everything cached is let go."""
+    def enter(self, time, tensors, layout, num_steps):
+        """The branch of this call, after moving to its step. When the last step begins, all branches are let go.
+
+        tensors: the conditioning; the last is the very same object throughout a generation, even where the prompt is
+        replaced midway (callback_on_step_end). layout: plain values that a generation keeps: the latents' shape.
+        """
         if time != self.time:
-            known = [b for b in self.branches if b.step == self.step]
-            before = None
-            if time < self.time or match(known, conditioning) is None:
-                before = copy.copy(self) if time > self.time and known else None
-                self.__init__()
-                known = []
-            self.advance(time, known)
-            self.before = before
-        branch = match(self.branches, conditioning)
-        if branch is None and self.before is not None:
-            branch = match(self.before.branches, conditioning, anew=False)
-            if branch is not None:  # one prompt was replaced midway, the other goes on: so does the generation
-                new, self.__dict__ = self.branches, vars(self.before)
-                self.advance(time, [b for b in self.branches if b.step == self.step] + new)
-                self.decide(True)
-                for b in new:
-                    b.step = self.step
+            self.branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
+            goes_on = any(b.tensors[-1] is tensors[-1] or b.has(tensors) for b in self.branches)
+            if time < self.time or not goes_on:
+                self.reset()
+            self.step, self.time, self.compute = self.step + 1, time, None
         self.last = self.step >= num_steps - 1
         if self.last:
             self.branches = []
+        branch = next((b for b in self.branches if b.layout == layout and b.has(tensors)), None)
         if branch is None:
-            branch = Branch(conditioning)
+            branch = Branch(tensors, layout)
             if not self.last:
                 self.branches.append(branch)
         branch.step = self.step
         return branch
-
-    def advance(self, time, branches):
-        self.step, self.time, self.branches = self.step + 1, time, branches
-        self.compute = self.before = None
 
     def decide(self, compute):
         self.compute = compute
         self.schedule.append(compute)
         if compute:
             self.accumulated = 0.0
-
-
-def match(branches, conditioning, anew=True):
-    """The branch with this conditioning: the very same tensors, or else (a caller may cast `anew`) equal ones."""
-
-    def same(a, b):
-        return a is b or (not torch.is_tensor(a) and not torch.is_tensor(b) and a == b)
-
-    def equal(a, b):
-        return same(a, b) or (
-            torch.is_tensor(a)
-            and torch.is_tensor(b)
-            and (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
-            and torch.equal(a, b)
-        )
-
-    for test in (same, equal) if anew else (same,):
-        for branch in branches:
-            if all(map(test, branch.conditioning, conditioning)):
-                return branch
-    return None
 
 
 def relative_l1(new, old):
@@ -162,7 +140,7 @@ def rescale(coefficients, x):
 
 
 def lora_scaled(forward):
-    """attention_kwargs={"scale": s} scales the LoRA layers during the call, also one that fails (as stock does)."""
+    """attention_kwargs={"scale": s} scales the LoRA layers (peft) during the call, also during one that fails."""
     signature = inspect.signature(forward)
 
     @functools.wraps(forward)
@@ -230,12 +208,13 @@ def teacache_forward(
     mask = mask if len(set(seq_lens)) > 1 else None  # without padding none is needed
 
     # TeaCache, the one departure from stock: skip the blocks, or run them and remember what they added
-    branch, thresh = None, getattr(self, "rel_l1_thresh", REL_L1_THRESH)
+    branch = None
     if getattr(self, "enable_teacache", True) and not torch.is_grad_enabled():
-        state = self.__dict__.setdefault("teacache", TeaCacheState())
+        state = vars(self).setdefault("teacache", TeaCacheState())
+        thresh = getattr(self, "rel_l1_thresh", REL_L1_THRESH)
         num_steps = getattr(self, "num_steps", NUM_INFERENCE_STEPS)
-        conditioning = (encoder_hidden_states, encoder_attention_mask, latents.shape, latents.dtype, latents.device)
-        branch = state.enter(timestep.flatten()[0].item(), conditioning, num_steps)
+        tensors, layout = (encoder_hidden_states, caption_mask), (latents.shape, latents.dtype, latents.device)
+        branch = state.enter(timestep.flatten()[0].item(), tensors, layout, num_steps)
         caching = thresh > 0 and not state.last
         modulated = self.layers[0].norm1(joint, temb)[0] if caching else None
         if state.compute is None:  # the first call of a step decides for all of its branches
@@ -246,6 +225,8 @@ def teacache_forward(
                 compute = not state.accumulated < thresh  # a NaN computes
             state.decide(compute)
         branch.modulated = modulated
+    else:
+        vars(self).pop("teacache", None)  # what was cached would be too old for a later call
 
     if branch is not None and not state.compute and branch.residual is not None:
         hidden = joint + branch.residual
@@ -279,7 +260,7 @@ SETTINGS = ("enable_teacache", "num_steps", "rel_l1_thresh", "coefficients")
 
 def check_settings(num_steps, rel_l1_thresh, coefficients=COEFFICIENTS):
     """ValueError with what to do, for settings that make no sense."""
-    if int(num_steps) != num_steps or num_steps < 1:
+    if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
         raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
     if not (math.isfinite(rel_l1_thresh) and rel_l1_thresh >= 0):
         raise ValueError(f"rel_l1_thresh must be a number of at least 0 (0: nothing is skipped), not {rel_l1_thresh}")
@@ -296,12 +277,13 @@ def apply_teacache(model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_TH
         rel_l1_thresh: 0 skips nothing; more skips more.
         coefficients: of the rescaling polynomial, highest power first; None: `COEFFICIENTS`.
 
-    Raises ValueError for settings that make no sense. Returns the model.
+    Raises ValueError for settings that make no sense, and for a model whose forward something else has replaced.
+    Returns the model.
     """
     coefficients = list(COEFFICIENTS if coefficients is None else coefficients)
     check_settings(num_steps, rel_l1_thresh, coefficients)
-    remove_teacache(model)
-    set_forward(model, MethodType(teacache_forward, model))
+    setattr(model, forward_slot(model), MethodType(teacache_forward, model))
+    vars(model).pop("teacache", None)
     for name, value in zip(SETTINGS, (True, int(num_steps), float(rel_l1_thresh), coefficients)):
         setattr(model, name, value)
     return model
@@ -309,22 +291,23 @@ def apply_teacache(model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_TH
 
 def remove_teacache(model):
     """The stock forward again; no attribute and no tensor is left behind. Returns the model."""
-    set_forward(model, None)
+    if "enable_teacache" in vars(model):
+        slot = forward_slot(model)
+        vars(model).pop(slot)
+        if slot == "_old_forward":
+            model._old_forward = MethodType(type(model).forward, model)
     for name in (*SETTINGS, "teacache"):
         vars(model).pop(name, None)
     return model
 
 
-def set_forward(model, forward):
-    """`forward` as the instance's own, or the class's for None; inside accelerate's offloading hooks, if any."""
-    if hasattr(model, "_diffusers_hook"):
-        raise ValueError("apply or remove TeaCache before diffusers' own hooks (group offloading, caches) are enabled")
-    if "_old_forward" in vars(model):
-        model._old_forward = forward or MethodType(type(model).forward, model)
-    elif forward is not None:
-        model.forward = forward
-    else:
-        vars(model).pop("forward", None)
+def forward_slot(model):
+    """The attribute that holds the model's own forward: accelerate's offloading hooks keep it in `_old_forward`."""
+    slot = "_old_forward" if "_old_forward" in vars(model) else "forward"
+    current = getattr(model, slot)
+    if getattr(current, "__func__", None) not in (teacache_forward, type(model).forward):
+        raise ValueError("this model's forward is compiled, hooked or cached already: undo that, apply TeaCache first")
+    return slot
 
 
 # --- the command line -----------------------------------------------------------
@@ -336,6 +319,8 @@ def save(image, path):
     try:
         image.save(draft)
         draft.replace(path)
+    except OSError as error:
+        fail(f"cannot write {path}: {error}")
     finally:
         draft.unlink(missing_ok=True)
 
@@ -370,17 +355,17 @@ def parse(argv=None):
 
     args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
-    if args.model is None:
+    by_hardware = args.model is None
+    if by_hardware:
         args.model = MODEL if args.device == "cuda" else str(BUNDLED_MODEL)
-        if args.device != "cuda":
-            print(f"No CUDA GPU: drawing with the small bundled emoji model. For the real one: --model {MODEL}")
     bundled = Path(args.model).resolve() == BUNDLED_MODEL
     args.prompt = args.prompt or [BUNDLED_PROMPT if bundled else PROMPT]
+    args.coefficients = COEFFICIENTS
     args.output = args.output or Path(f"teacache_lumina2_{'compare' if args.compare else 'output'}.png")
     # threshold 0 comes first: it is what the others are measured against
     args.thresholds = list(dict.fromkeys([0.0, *args.compare])) if args.compare else [args.rel_l1_thresh]
     try:
-        for thresh in args.thresholds:
+        for thresh in (args.rel_l1_thresh, *args.thresholds):
             check_settings(args.num_inference_steps, thresh)
     except ValueError as error:
         fail(error)
@@ -396,16 +381,28 @@ def parse(argv=None):
         fail(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
     if args.offload != "none" and args.device == "cpu":
         fail(f"--offload {args.offload} moves weights to a GPU when they are needed, and there is none: leave it out")
-    if not Path(args.model).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model):
+    folder = Path(args.model)
+    if not folder.is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) or folder.parent.is_dir()):
         fail(f"no model folder {args.model}: give a folder saved by diffusers, or a Hub name such as {MODEL}")
-    if Path(args.model).is_dir() and not Path(args.model, "model_index.json").is_file():
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
         fail(f"{args.model} has no model_index.json: give a pipeline folder saved by diffusers")
     if args.transformer and not args.transformer.is_file():
         fail(f"no checkpoint file {args.transformer}")
     if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         fail(f"--output {args.output} must end in .png, .jpg or .webp")
-    if args.output.is_dir() or not os.access(args.output.parent, os.W_OK | os.X_OK):
-        fail(f"cannot write {args.output}: its folder must exist and be writable")
+    several = len(args.prompt) > 1 and not args.compare
+    stem, n = args.output.stem, len(args.prompt)
+    args.outputs = [args.output.with_stem(f"{stem}_{i + 1}") for i in range(n)] if several else [args.output]
+    for path in args.outputs:
+        if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+            fail(f"cannot write {path}: its folder must exist and be writable")
+    if args.compare:
+        try:
+            args.tool = importlib.import_module(f"{__package__}.compare_lumina2" if __package__ else "compare_lumina2")
+        except ImportError as error:
+            fail(f"--compare needs compare_lumina2.py beside this script, and Pillow: {error}")
+    if by_hardware and args.device != "cuda":
+        print(f"No CUDA GPU: drawing with the small bundled emoji model. For the real one: --model {MODEL}")
     return args
 
 
@@ -413,8 +410,6 @@ def load_pipeline(args):
     """The pipeline on its device."""
     from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
 
-    local = Path(args.model).is_dir()
-    hint = "is it a whole Lumina2Pipeline?" if local else "is the name right, and the Hub in reach and open to you?"
     what, options, verbosity = args.model, {"torch_dtype": args.dtype}, logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -425,25 +420,29 @@ def load_pipeline(args):
                 options["transformer"] = Lumina2Transformer2DModel.from_single_file(str(what), **where, **options)
                 what = args.model
             pipeline = Lumina2Pipeline.from_pretrained(args.model, **options)
+        limit = min(pipeline.transformer.config.axes_lens[1:]) * 16
+        if max(args.height or 0, args.width or 0) > limit:
+            fail(f"{args.model} draws at most {limit} pixels in height and width")
+        if args.offload == "model":
+            pipeline.enable_model_cpu_offload(device=args.device)
+        elif args.offload == "sequential":
+            pipeline.enable_sequential_cpu_offload(device=args.device)
+        else:
+            pipeline.to(args.device)
     except Exception as error:
+        hint = "is it a whole Lumina2Pipeline?" if Path(args.model).is_dir() else "is the name right, the Hub in reach?"
         hint = hint if what == args.model else f"is it a transformer of this kind, and {args.model} in reach?"
         first = (str(error).strip().splitlines() or [""])[0]
         fail(f"could not load {what}: {hint} ({type(error).__name__}: {first[:160]})")
     finally:
         logging.set_verbosity(verbosity)
-    if args.offload == "model":
-        pipeline.enable_model_cpu_offload(device=args.device)
-    elif args.offload == "sequential":
-        pipeline.enable_sequential_cpu_offload(device=args.device)
-    else:
-        pipeline.to(args.device)
     return pipeline
 
 
 def generate(pipeline, args, prompt, thresh, steps=None):
     """A PIL image and its figures: seconds, computed and all steps."""
     steps = steps or args.num_inference_steps
-    apply_teacache(pipeline.transformer, steps, thresh)
+    apply_teacache(pipeline.transformer, steps, thresh, args.coefficients)
     synchronize = getattr(torch, args.device).synchronize
     synchronize()
     began = time.perf_counter()
@@ -466,16 +465,13 @@ def main(argv=None):
     args = parse(argv)
     pipeline = load_pipeline(args)
     if args.compare:
-        beside = importlib.import_module(f"{__package__}.compare_lumina2" if __package__ else "compare_lumina2")
-        beside.compare(functools.partial(generate, pipeline, args), args, save)
+        args.tool.compare(functools.partial(generate, pipeline, args), args, save)
         return
-    for i, prompt in enumerate(args.prompt):
+    for prompt, path in zip(args.prompt, args.outputs):
         image, figures = generate(pipeline, args, prompt, args.rel_l1_thresh)
-        path = args.output if len(args.prompt) == 1 else args.output.with_stem(f"{args.output.stem}_{i + 1}")
         save(image, path)
         computed, steps = figures["computed"], figures["steps"]
-        passes = f"{computed} of {steps} steps computed ({steps / computed:.2f}x fewer)"
-        print(f"saved {path}: {figures['seconds']:.2f} s, {passes}")
+        print(f"saved {path}: {figures['seconds']:.2f} s, {computed} / {steps} steps computed, {steps / computed:.2f}x")
 
 
 if __name__ == "__main__":

@@ -141,7 +141,8 @@ def oracle_run(model, thresh, coefficients, num_steps, cond, uncond=None, before
     patched, type(model).forward = type(model).forward, STOCK_FORWARD
 
     def both(step, name, count):
-        oracle.at(step, name)
+        switches = sum(step >= s for s in kwargs.get("switch") or {})  # a new prompt is a new branch
+        oracle.at(step, f"{name}{switches}" if name == "cond" else name)
         if before_call:
             before_call(step, name, count)
 

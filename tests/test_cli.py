@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import BUNDLED, ROOT, tensors_in
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from TeaCache4LuminaT2X import compare_lumina2, teacache_lumina2
 from TeaCache4LuminaT2X.teacache_lumina2 import main
@@ -36,7 +37,7 @@ def test_run_as_a_script_from_anywhere(tmp_path):
     lines = run.stdout.splitlines()
     if not torch.cuda.is_available():
         assert "bundled" in lines[0] and "--model Alpha-VLLM/Lumina-Image-2.0" in lines[0]
-    assert "saved teacache_lumina2_output.png" in lines[-1] and "of 30 steps computed" in lines[-1]
+    assert "saved teacache_lumina2_output.png" in lines[-1] and "/ 30 steps computed, " in lines[-1]
     assert "30/30" in run.stderr, "the pipeline's progress bar stays on"
     assert [p.name for p in tmp_path.iterdir()] == ["teacache_lumina2_output.png"]
     assert load(tmp_path / "teacache_lumina2_output.png").shape == (128, 128, 3)
@@ -61,17 +62,21 @@ def test_compare(tmp_path, capsys, identity, monkeypatch):
     table = [line for line in out.splitlines() if line.startswith("| red apple |")]
     assert len(table) == 4
     for line, r in zip(table, runs):
-        assert f"| {r['rel_l1_thresh']:g} |" in line and f"{r['computed']} / 30" in line and f"{r['seconds']:.2f}" in line
+        words = [f"| {r['rel_l1_thresh']:g} |", f"| {r['computed']} / 30 |", f"| {r['seconds']:.2f} |"]
+        assert all(word in line for word in [*words, f"| {r['speedup']:.2f}x |"])
+    assert result["seed"] == teacache_lumina2.SEED and result["coefficients"] == [1.0, 0.0]
 
-    page = Image.open(tmp_path / "strip.png")
-    assert page.width > 4 * 128 and page.height > 128
+    page = load(tmp_path / "strip.png").astype(int)
     (row,) = drawn
-    assert [entry["rel_l1_thresh"] for _, entry in row] == [0, 0.2, 0.5, 1.0]
-    for c, (image, _) in enumerate(row):  # the pictures are really on it
-        x = c * page.width // 4 + page.width // 8
-        assert load(tmp_path / "strip.png")[80, x].tolist() == pytest.approx(
-            image.resize((160, 160), Image.LANCZOS).getpixel((x - c * page.width // 4 - 7, 73)), abs=60
-        )
+    wide, line = page.shape[1] // 4, 14
+    for c, (image, entry) in enumerate(row):  # the pictures, and text under each
+        x, y = c * wide + line // 2, 2 * line
+        assert np.array_equal(page[y : y + 160, x : x + 160], np.asarray(image.resize((160, 160), Image.LANCZOS)))
+        assert (page[y + 160 :, x : x + 160] < 128).any()
+        text = "\n".join(compare_lumina2.lines(entry))
+        figures = [f"threshold {entry['rel_l1_thresh']:g}", f"{entry['seconds']:.2f} s", f"{entry['speedup']:.2f}x"]
+        figures += [f"{entry['computed']} / 30 steps", f"PSNR {entry['psnr'] or np.inf:.1f} dB", f"SSIM {entry['ssim']:.3f}"]
+        assert all(figure in text for figure in figures)
 
     from diffusers import Lumina2Pipeline
 
@@ -84,14 +89,21 @@ def test_compare(tmp_path, capsys, identity, monkeypatch):
 def test_flags_reach_the_pipeline(tmp_path, capsys, identity, monkeypatch):
     from diffusers import Lumina2Pipeline
 
-    calls, call = [], Lumina2Pipeline.__call__
-    monkeypatch.setattr(Lumina2Pipeline, "__call__", lambda self, *a, **k: calls.append((a, k)) or call(self, *a, **k))
+    calls, models, call = [], [], Lumina2Pipeline.__call__
+
+    def record(self, *args, **kwargs):
+        calls.append((args, kwargs))
+        models.append((self.transformer.rel_l1_thresh, self.transformer.num_steps, self.transformer.dtype, self.vae.dtype))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(Lumina2Pipeline, "__call__", record)
     flags = "--negative-prompt blue --height 96 --width 160 --guidance-scale 3 --cfg-trunc-ratio 0.5 --seed 5"
     path = tmp_path / "out.jpg"
     more = ["--prompt", "fox", "--prompt", "red apple", "--rel-l1-thresh", "0.4", "--dtype", "bfloat16"]
     main([*FAST, *flags.split(), *more, "--output", str(path)])
     (first, kwargs), (second, _) = calls
     assert (first, second) == (("fox",), ("red apple",))
+    assert models == [(0.4, 8, torch.bfloat16, torch.bfloat16)] * 2
     generator = kwargs.pop("generator")
     assert generator.initial_seed() == 5
     expected = dict(negative_prompt="blue", height=96, width=160, guidance_scale=3.0, cfg_trunc_ratio=0.5)
@@ -99,14 +111,21 @@ def test_flags_reach_the_pipeline(tmp_path, capsys, identity, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out_1.jpg", "out_2.jpg"]
     assert load(tmp_path / "out_1.jpg").shape == (96, 160, 3)
     *_, last = capsys.readouterr().out.splitlines()
-    assert f"saved {tmp_path / 'out_2.jpg'}" in last and "of 8 steps computed" in last and " s, " in last
+    assert f"saved {tmp_path / 'out_2.jpg'}" in last and "/ 8 steps computed, " in last and " s, " in last
 
 
 def test_single_file_transformer(tmp_path):
-    weights = BUNDLED / "transformer" / "diffusion_pytorch_model.safetensors"
+    """The checkpoint of the file is what draws: the bundled one unchanged, then with one tensor changed."""
+    weights = load_file(BUNDLED / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(weights, tmp_path / "same.safetensors")
+    weights["norm_out.linear_2.weight"] = weights["norm_out.linear_2.weight"] * 0.5
+    save_file(weights, tmp_path / "other.safetensors")
     main([*FAST, "--output", str(tmp_path / "folder.png")])
-    main([*FAST, "--output", str(tmp_path / "file.png"), "--transformer", str(weights)])
-    assert np.array_equal(load(tmp_path / "folder.png"), load(tmp_path / "file.png"))
+    for name in ("same", "other"):
+        flags = ["--output", str(tmp_path / f"{name}.png"), "--transformer", str(tmp_path / f"{name}.safetensors")]
+        main([*FAST, *flags])
+        same = np.array_equal(load(tmp_path / "folder.png"), load(tmp_path / f"{name}.png"))
+        assert same == (name == "same")
 
 
 BAD = {
@@ -121,11 +140,14 @@ BAD = {
     "truncation": (["--cfg-trunc-ratio", "1.5"], "between 0 and 1"),
     "seed": (["--seed", "-1"], "seed"),
     "no such folder": (["--model", "./no/such/folder"], "no model folder"),
+    "no such folder beside others": (["--model", "tests/none"], "no model folder"),
     "an empty folder": (["--model", "{tmp}"], "model_index.json"),
     "no checkpoint": (["--transformer", "none.safetensors"], "no checkpoint file"),
     "output without a folder": (["--output", "{tmp}/no/picture.png"], "cannot write"),
     "output below a file": (["--output", "{tmp}/file/picture.png"], "cannot write"),
     "output is a folder": (["--output", "{tmp}/folder.png"], "cannot write"),
+    "one of two outputs is a folder": (["--prompt", "a", "--prompt", "b", "--output", "{tmp}/two.png"], "two_2.png"),
+    "NaN threshold beside others": (["--rel-l1-thresh", "nan", "--compare", "0.1"], "rel_l1_thresh"),
     "output of no kind": (["--output", "{tmp}/picture.txt"], ".png"),
     "unknown flag": (["--treshold", "1"], "--treshold"),
     "unknown dtype": (["--dtype", "int8"], "int8"),
@@ -140,6 +162,8 @@ def test_bad_input_is_one_line_before_loading(case, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(teacache_lumina2, "load_pipeline", no_loading)
     (tmp_path / "file").write_text("kept")
     (tmp_path / "folder.png").mkdir()
+    (tmp_path / "two_2.png").mkdir()
+    monkeypatch.chdir(ROOT)
     flags, word = BAD[case]
     flags = [f.replace("{tmp}", str(tmp_path)) for f in flags]
     with pytest.raises(SystemExit) as exit:
@@ -147,7 +171,7 @@ def test_bad_input_is_one_line_before_loading(case, tmp_path, capsys, monkeypatc
     captured = capsys.readouterr()
     assert exit.value.code == 2 and captured.out == ""
     assert len(captured.err.splitlines()) == 1 and word in captured.err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.png", "two_2.png"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to offload from")
@@ -155,6 +179,12 @@ def test_offload_without_a_gpu(capsys):
     with pytest.raises(SystemExit):
         main([*MODEL, "--offload", "model"])
     assert "GPU" in capsys.readouterr().err
+
+
+def test_larger_than_the_model_can_draw(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([*MODEL, "--height", "1040"])
+    assert exit.value.code == 2 and "1024" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_broken_checkpoint_and_unreachable_hub_are_one_line(tmp_path):
@@ -174,7 +204,7 @@ def test_broken_checkpoint_and_unreachable_hub_are_one_line(tmp_path):
         assert (tmp_path / "before.png").read_bytes() == b"precious"
 
 
-def test_a_failed_save_keeps_what_was_there(tmp_path, monkeypatch):
+def test_a_failed_save_keeps_what_was_there(tmp_path, monkeypatch, capsys):
     path = tmp_path / "out.png"
     path.write_bytes(b"precious")
 
@@ -183,8 +213,9 @@ def test_a_failed_save_keeps_what_was_there(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", fail_halfway)
-    with pytest.raises(OSError):
+    with pytest.raises(SystemExit) as exit:
         teacache_lumina2.save(Image.new("RGB", (8, 8)), path)
+    assert exit.value.code == 2 and "disk full" in capsys.readouterr().err
     assert path.read_bytes() == b"precious" and [p.name for p in tmp_path.iterdir()] == ["out.png"]
 
 
@@ -195,11 +226,9 @@ def test_psnr_and_ssim_are_those_of_scikit_image():
     b = np.clip(a + rng.normal(0, 20, a.shape), 0, 255).astype(np.uint8)
     images = Image.fromarray(a), Image.fromarray(b)
     assert compare_lumina2.psnr(*images) == pytest.approx(metrics.peak_signal_noise_ratio(a, b), abs=1e-9)
-    ours = compare_lumina2.ssim(*images)
-    theirs = metrics.structural_similarity(
-        a, b, channel_axis=2, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255
-    )
-    assert ours == pytest.approx(theirs, abs=2e-3)  # it keeps the borders, we leave them out
+    options = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=255)
+    _, full = metrics.structural_similarity(a, b, channel_axis=2, full=True, **options)
+    assert compare_lumina2.ssim(*images) == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-9)
     assert compare_lumina2.psnr(images[0], images[0]) == np.inf and compare_lumina2.ssim(images[0], images[0]) == 1
 
 

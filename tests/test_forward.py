@@ -9,7 +9,6 @@ import torch
 from conftest import (
     BUNDLED,
     CHANNELS,
-    ROOT,
     STOCK_FORWARD,
     Interrupted,
     Oracle,
@@ -66,12 +65,17 @@ def test_off_is_stock_bit_for_bit(return_dict, off, lengths, dtype):
     assert ours[0].dtype == dtype and torch.equal(ours[0], stock[0])
 
 
-@pytest.mark.parametrize("v2_below_zero", [False, True])
-def test_threshold_0_never_skips_and_keeps_nothing(model, v2_below_zero):
+@pytest.mark.parametrize("coefficients", [COEFFICIENTS_V2, [-1.0]], ids=["v2", "negative"])
+def test_threshold_0_never_skips_and_keeps_nothing(model, coefficients):
+    """Also with a polynomial below zero, whose sum lies below the threshold 0."""
     stock, _ = denoise(model, PROMPT, NEGATIVE)
-    # v2 is negative at 0, and a sum below the threshold 0 would skip
-    apply_teacache(model, num_steps=8, rel_l1_thresh=0, coefficients=COEFFICIENTS_V2 if v2_below_zero else [-1.0])
-    assert equal(denoise(model, PROMPT, NEGATIVE)[0], stock)
+    apply_teacache(model, num_steps=8, rel_l1_thresh=0, coefficients=coefficients)
+
+    def nothing_kept(step, name, count):
+        branches = model.teacache.branches if count else []
+        assert all(b.modulated is None and b.residual is None for b in branches)
+
+    assert equal(denoise(model, PROMPT, NEGATIVE, before_call=nothing_kept)[0], stock)
     assert model.teacache.schedule == [True] * 8
 
 
@@ -131,9 +135,16 @@ def test_with_gradients_nothing_is_cached_or_skipped(checkpointing):
 # --- the schedule -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("coefficients", [None, COEFFICIENTS_V2, IDENTITY], ids=["v1", "v2", "identity"])
-@pytest.mark.parametrize("thresh", [0.03, 0.06, 0.1, 0.2, 2.0])
-def test_guided_run_follows_the_formula(model, coefficients, thresh):
+FORMULAS = {
+    "v1": (None, [0.1, 0.4, 0.7, 1.5, 4.0]),
+    "v2": (COEFFICIENTS_V2, [0.3, 3.0, 8.0, 20.0]),
+    "identity": (IDENTITY, [0.03, 0.06, 0.1, 0.2, 2.0]),
+}
+
+
+@pytest.mark.parametrize("name, thresh", [(name, t) for name, (_, ts) in FORMULAS.items() for t in ts])
+def test_guided_run_follows_the_formula(model, name, thresh):
+    coefficients = FORMULAS[name][0]
     outputs, latents, schedule = oracle_run(model, thresh, coefficients or COEFFICIENTS, 12, PROMPT, NEGATIVE, steps=12)
     calls = block_calls(model)
     apply_teacache(model, num_steps=12, rel_l1_thresh=thresh, coefficients=coefficients)
@@ -144,11 +155,13 @@ def test_guided_run_follows_the_formula(model, coefficients, thresh):
     assert calls.count("first") == calls.count("last") == 2 * sum(schedule), "both branches, together"
 
 
-def test_the_formula_skips_here(model):
+@pytest.mark.parametrize("name, different", [("v1", 3), ("v2", 3), ("identity", 4)])
+def test_the_formula_skips_here(model, name, different):
     """The runs above would prove nothing if they all computed, or all skipped."""
-    runs = [oracle_run(model, t, IDENTITY, 12, PROMPT, NEGATIVE, steps=12) for t in (0.03, 0.06, 0.1, 0.2, 2.0)]
+    coefficients, thresholds = FORMULAS[name]
+    runs = [oracle_run(model, t, coefficients or COEFFICIENTS, 12, PROMPT, NEGATIVE, steps=12) for t in thresholds]
     computed = [sum(schedule) for _, _, schedule in runs]
-    assert computed == sorted(computed, reverse=True) and len(set(computed)) >= 4 and computed[-1] == 2
+    assert computed == sorted(computed, reverse=True) and len(set(computed)) >= different, computed
 
 
 def test_skipped_step_runs_no_block(model):
@@ -160,6 +173,10 @@ def test_skipped_step_runs_no_block(model):
 
 
 # --- what existing scripts get wrong ----------------------------------------------
+
+def replaced(seed):
+    return conditioning([7], seed)[0], PROMPT[1]
+
 
 MODES = {
     "no guidance": dict(uncond=None),
@@ -175,7 +192,12 @@ MODES = {
         uncond=tuple(t.repeat_interleave(2, 0) for t in conditioning([2, 2], 2)),
     ),
     "negative equals prompt": dict(uncond=PROMPT),
-    "prompt replaced midway": dict(switch={3: conditioning([7], 8), 6: conditioning([4], 9)}),
+    # callback_on_step_end may replace the embeddings; the mask stays, the very same tensor
+    "prompt replaced midway": dict(switch={3: replaced(8), 6: replaced(9)}),
+    "prompt replaced, no guidance": dict(uncond=None, switch={3: replaced(8)}),
+    "prompt replaced after guidance": dict(trunc=0.4, switch={5: replaced(8)}),
+    "prompt replaced at the last step": dict(switch={7: replaced(8)}),
+    "prompt replaced, cast anew": dict(switch={3: replaced(8)}, cast=True),
 }
 
 
@@ -186,19 +208,15 @@ def test_modes(model, mode, thresh):
     if mode == "negative equals prompt":  # the pipeline would pass two tensors of equal content
         kwargs["uncond"] = tuple(t.clone() for t in PROMPT)
 
-    if "switch" in kwargs:  # to the oracle, a new prompt is a new branch
-
-        def rename(step, name, count):
-            return f"{name}{sum(step >= s for s in kwargs['switch'])}" if name == "cond" else name
-    else:
-
-        def rename(step, name, count):
-            return "cond" if mode == "negative equals prompt" else name
+    def branch(step, name):  # to the oracle, a new prompt is a new branch
+        if mode == "negative equals prompt":
+            return "one"
+        return f"{name}{sum(step >= s for s in kwargs.get('switch', {}))}" if name == "cond" else name
 
     blocks = model.layers
     oracle = Oracle(blocks, thresh, IDENTITY, 8)
     model.layers = torch.nn.ModuleList([oracle])
-    expected, _ = denoise(model, before_call=lambda s, n, c: oracle.at(s, rename(s, n, c)), **kwargs)
+    expected, _ = denoise(model, before_call=lambda s, n, c: oracle.at(s, branch(s, n)), **kwargs)
     model.layers = blocks
 
     apply_teacache(model, num_steps=8, rel_l1_thresh=thresh, coefficients=IDENTITY)
@@ -219,9 +237,7 @@ SECOND = {
     "no guidance": dict(uncond=None),
     "another noise": dict(seed=77),
     "fewer steps": dict(steps=5),
-    "starts at less noise": dict(
-        cond=conditioning([7], 16), uncond=conditioning([3], 2), sigmas=[0.8, 0.6, 0.4, 0.2], steps=4
-    ),
+    "starts at less noise": dict(cond=conditioning([7], 16), sigmas=[0.8, 0.6, 0.4, 0.2], steps=4),
     "bfloat16": dict(cond=conditioning([7], 1, torch.bfloat16), uncond=conditioning([3], 2, torch.bfloat16)),
 }
 
@@ -242,9 +258,9 @@ def test_second_image_is_as_fresh(second):
         model.num_steps = kwargs["steps"]
         return *denoise(model, **kwargs), model.teacache.schedule
 
-    fresh, second = run(first=False), run(first=True)
+    fresh, again = run(first=False), run(first=True)
     assert False in fresh[2]
-    assert equal(second[0], fresh[0]) and torch.equal(second[1], fresh[1]) and second[2] == fresh[2]
+    assert equal(again[0], fresh[0]) and torch.equal(again[1], fresh[1]) and again[2] == fresh[2]
     assert tensors_in(model.teacache) == []
 
 
@@ -307,17 +323,43 @@ def test_a_branch_that_returns_is_computed(model):
                     assert computed == expected, (step, name)
 
 
-def test_memory_is_two_tensors_a_branch_and_released(model):
+@pytest.mark.parametrize("switch", [{}, {s: replaced(s) for s in range(1, 6)}], ids=["one prompt", "new at each step"])
+@pytest.mark.parametrize("uncond", [NEGATIVE, None], ids=["guided", "unguided"])
+def test_memory_is_two_tensors_a_branch_and_released(model, uncond, switch):
     apply_teacache(model, num_steps=6, rel_l1_thresh=0.3, coefficients=IDENTITY)
-    held = []
+    embeds, held = {id(t) for c in (PROMPT, NEGATIVE, *switch.values()) for t in c}, []
 
     def count(step, name, calls):
-        state = vars(model).get("teacache")
-        held.append(sum(t is not None for b in state.branches for t in (b.modulated, b.residual)) if state else 0)
+        tensors = tensors_in(vars(model).get("teacache"))
+        held.append(sum(id(t) not in embeds for t in tensors))
 
-    denoise(model, PROMPT, NEGATIVE, steps=6, before_call=count)
-    assert max(held) == 4 and held[-1] == 0, "the last step computes: nothing is held from its first call on"
+    denoise(model, PROMPT, uncond, steps=6, before_call=count, switch=switch)
+    branches = (2 if uncond else 1) + (1 if switch else 0)  # a replaced prompt is forgotten a step later
+    assert 2 <= max(held) <= 2 * branches
     assert tensors_in(model.teacache) == []
+    assert model.teacache.schedule[-1] and len(model.teacache.schedule) == 6
+
+
+def test_the_last_step_begins_by_letting_go(model):
+    apply_teacache(model, num_steps=6, rel_l1_thresh=0.3, coefficients=IDENTITY)
+    seen = []
+    model.layers[0].register_forward_pre_hook(lambda *_: seen.append(len(tensors_in(model.teacache))))
+    denoise(model, PROMPT, NEGATIVE, steps=6)
+    assert seen[0] > 0 and seen[-2:] == [0, 0]
+
+
+@pytest.mark.parametrize("how", ["disabled", "gradients"])
+def test_switched_off_midway_nothing_old_is_used(model, how):
+    """Steps that TeaCache did not see make its cache too old: the next step that it sees is computed."""
+    apply_teacache(model, num_steps=20, rel_l1_thresh=1e9, coefficients=IDENTITY)
+    embeds, mask = PROMPT
+    calls, latents = block_calls(model), torch.randn(1, CHANNELS, 4, 4)
+    for step in range(8):
+        calls.clear()
+        model.enable_teacache = not (how == "disabled" and step in (3, 4))
+        with torch.set_grad_enabled(how == "gradients" and step in (3, 4)):
+            model(latents, torch.tensor([step / 20]), embeds, mask)
+        assert bool(calls) == (step in (0, 3, 4, 5)), step
 
 
 def test_nan_and_zero_inputs_compute(model):
@@ -398,6 +440,8 @@ def test_apply_touches_one_instance_and_remove_leaves_nothing(model):
         dict(num_steps=0),
         dict(num_steps=-3),
         dict(num_steps=2.5),
+        dict(num_steps=float("inf")),
+        dict(num_steps=None),
         dict(rel_l1_thresh=-0.1),
         dict(rel_l1_thresh=float("nan")),
         dict(rel_l1_thresh=float("inf")),
@@ -439,7 +483,22 @@ def test_inside_offloading_hooks(model, hook_first):
     assert equal(denoise(model, PROMPT, NEGATIVE)[0], stock) and hook.calls == 32
 
 
-def test_import_does_nothing():
+@pytest.mark.parametrize("applied", [False, True])
+def test_a_forward_that_something_else_replaced_is_left_alone(model, applied):
+    if applied:
+        apply_teacache(model)
+    theirs = model.forward = lambda *args, **kwargs: "theirs"
+    with pytest.raises(ValueError, match="apply TeaCache first"):
+        apply_teacache(model)
+    if applied:  # theirs may call ours: taking the settings away would leave it running with the defaults
+        with pytest.raises(ValueError, match="apply TeaCache first"):
+            remove_teacache(model)
+    else:
+        remove_teacache(model)
+    assert model.forward is theirs
+
+
+def test_import_does_nothing(tmp_path):
     code = """
 import sys, torch, diffusers
 def world():
@@ -452,7 +511,7 @@ from TeaCache4LuminaT2X.teacache_lumina2 import teacache_forward
 assert world() == before and "flash_attn" not in sys.modules
 print("clean")
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert run.stdout == "clean\n", run.stderr
 
 

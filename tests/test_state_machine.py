@@ -9,6 +9,11 @@ from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache
 
 MODEL = tiny_model(num_layers=2)
 
+
+def pooled(pool, lengths, seed):
+    return pool.setdefault((lengths, seed), conditioning(lengths, seed))
+
+
 generations = st.fixed_dictionaries(
     {
         "lengths": st.lists(st.integers(1, 6), min_size=1, max_size=3),
@@ -19,6 +24,8 @@ generations = st.fixed_dictionaries(
         "steps": st.integers(1, 7),
         "trunc": st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
         "cast": st.booleans(),
+        "switch": st.one_of(st.none(), st.integers(1, 6)),
+        "thresh": st.sampled_from([0.0, 0.03, 0.1, 0.3, 2.0]),
         "interrupt": st.one_of(st.none(), st.integers(0, 13)),
     }
 )
@@ -27,24 +34,25 @@ generations = st.fixed_dictionaries(
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(generations, min_size=1, max_size=4),
-    st.sampled_from([0.0, 0.03, 0.1, 0.3, 2.0]),
     st.sampled_from([[1.0, 0.0], [4.0, -1.0, 0.3], [-0.2], [2.0, 0.0, 0.05]]),
 )
-def test_any_mix_of_generations(mix, thresh, coefficients):
-    apply_teacache(MODEL, num_steps=1, rel_l1_thresh=thresh, coefficients=coefficients)
+def test_any_mix_of_generations(mix, coefficients):
+    apply_teacache(MODEL, num_steps=1, rel_l1_thresh=0, coefficients=coefficients)
+    pool = {}  # generations share their conditioning's tensors where it is the same
     for g in mix:
-        cond = conditioning(g["lengths"], seed=g["prompt"])
-        uncond = g["negative"] and conditioning([g["negative"]] * len(g["lengths"]), seed=9)
+        cond = pooled(pool, tuple(g["lengths"]), g["prompt"])
+        uncond = g["negative"] and pooled(pool, (g["negative"],) * len(g["lengths"]), 9)
         kwargs = {key: g[key] for key in ("seed", "size", "steps", "trunc", "cast")}
-        expected, latents, schedule = oracle_run(
-            MODEL, thresh, coefficients, g["steps"], cond, uncond or None, **kwargs
-        )
+        if g["switch"]:  # by callback_on_step_end: other embeddings, the very same mask
+            kwargs["switch"] = {g["switch"]: (pooled(pool, tuple(g["lengths"]), 7)[0], cond[1])}
+        run = (MODEL, g["thresh"], coefficients, g["steps"], cond, uncond or None)
+        expected, latents, schedule = oracle_run(*run, **kwargs)
 
         def stop(step, name, count, at=g["interrupt"]):
             if count == at:
                 raise Interrupted
 
-        MODEL.num_steps = g["steps"]
+        MODEL.num_steps, MODEL.rel_l1_thresh = g["steps"], g["thresh"]
         try:
             outputs, result = denoise(MODEL, cond, uncond or None, before_call=stop, **kwargs)
         except Interrupted:
