@@ -46,13 +46,15 @@ def test_bundled_model_is_what_it_says():
 
 
 def test_bundled_model_loads_in_old_and_new_libraries(pipeline):
-    assert json.loads(read("assets", "lumina2-emoji", "tokenizer", "tokenizer_config.json"))["tokenizer_class"] == (
-        "PreTrainedTokenizerFast"
-    )
+    """transformers 4 and 5 know this tokenizer class; nothing is loaded in half precision unasked."""
+    fast = "PreTrainedTokenizerFast"
+    assert json.loads(read("assets", "lumina2-emoji", "tokenizer", "tokenizer_config.json"))["tokenizer_class"] == fast
+    assert json.loads(read("assets", "lumina2-emoji", "model_index.json"))["tokenizer"] == ["transformers", fast]
     assert {p.dtype for p in pipeline.transformer.parameters()} == {torch.float32}
     assert {p.dtype for p in pipeline.text_encoder.parameters()} == {torch.float32}
-    for file in BUNDLED.rglob("*.json"):
-        assert "_name_or_path" not in file.read_text(encoding="utf-8")
+    for file in BUNDLED.rglob("*config*.json"):  # no private keys, where libraries write the path they loaded from
+        private = {key for key in json.loads(file.read_text(encoding="utf-8")) if key.startswith("_")}
+        assert private <= {"_class_name", "_diffusers_version"}, file
 
 
 def test_tokenizer_folds_the_system_prompt(pipeline):
@@ -149,7 +151,7 @@ def test_no_machine_in_tracked_files():
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a git checkout")
-    pattern = re.compile(r"/(root|home|tmp|Users)/\w|_name_or_path\"")
+    pattern = re.compile(r"/(root|home|tmp|Users)/\w")
     for name in listed.stdout.split():
         if name.endswith((".py", ".md", ".json", ".toml", ".txt")) and not name.startswith("tests/"):
             assert not pattern.search(read(name)), name

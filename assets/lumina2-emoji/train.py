@@ -1,8 +1,8 @@
 """Train the bundled emoji model: a complete Lumina2Pipeline that fits in a repository.
 
-Four stages, each resumable: stop it whenever you like, run the same command again.
+Four stages. The two that train save checkpoints in --work: stop them whenever you like, run the same command again.
 
-    npm pack @lobehub/fluent-emoji-3d && tar xzf lobehub-fluent-emoji-3d-*.tgz
+    npm pack @lobehub/fluent-emoji-3d@1.1.0 && tar xzf lobehub-fluent-emoji-3d-1.1.0.tgz
     python assets/lumina2-emoji/train.py --emoji package/assets --work runs/emoji
 
 vae          AutoencoderKL, 128 px -> (16, 16, 16) latents, L1 + gradient L1 + KL
@@ -383,17 +383,19 @@ def train_transformer(latents, work, device):
 # --- what comes out -------------------------------------------------------------
 
 
-def strip_paths(folder):
-    """No path of the machine that trained it, and a tokenizer class that transformers 4 and 5 both know."""
+def tidy(folder):
+    """Configs without the paths of this machine, and with the names that transformers 4 and 5 both know."""
     for file in folder.rglob("*.json"):
-        if file.name in ("tokenizer.json",):
+        if file.name == "tokenizer.json":
             continue
         config = json.loads(file.read_text())
-        config.pop("_name_or_path", None)
+        config = {k: v for k, v in config.items() if k[0] != "_" or k in ("_class_name", "_diffusers_version")}
+        if file.name == "model_index.json":
+            config["tokenizer"] = ["transformers", "PreTrainedTokenizerFast"]
         if file.name == "tokenizer_config.json":
             config["tokenizer_class"] = "PreTrainedTokenizerFast"
         if file.parent.name == "text_encoder" and file.name == "config.json":
-            # float32 on disk's word: transformers 5 would else load fp16 beside an fp32 transformer
+            # else transformers 5 loads the text encoder in fp16 while diffusers loads the rest in float32
             config["dtype"] = config["torch_dtype"] = "float32"
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -409,7 +411,7 @@ def export(vae, model, tokenizer, shift, scale, target):
         tokenizer=tokenizer,
     )
     pipeline.to(torch.float16).save_pretrained(target)
-    strip_paths(target)
+    tidy(target)
 
 
 def draw_sheet(folder, path):
