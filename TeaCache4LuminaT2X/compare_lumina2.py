@@ -58,7 +58,7 @@ def strip(rows):
     first = rows[0][0][0]
     side = max(first.width, 160)  # small pictures are enlarged, for the text to fit under them
     tall, line = round(first.height * side / first.width), max(14, side // 16)
-    wide, high = side + line, tall + 9 * line
+    wide, high = side + line, tall + 10 * line
     page = Image.new("RGB", (wide * len(rows[0]), high * len(rows)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=0.85 * line)
     for r, row in enumerate(rows):
@@ -66,7 +66,7 @@ def strip(rows):
         for c, (image, entry) in enumerate(row):
             x, y = c * wide + line // 2, r * high + 2 * line
             page.paste(image.resize((side, tall), Image.LANCZOS), (x, y))
-            pen.multiline_text((x, y + tall + line // 3), "\n".join(lines(entry)), fill="black", font=font, spacing=1)
+            pen.multiline_text((x, y + tall + line // 3), "\n".join(lines(entry)), fill="black", font=font, spacing=line // 5)
     return page
 
 

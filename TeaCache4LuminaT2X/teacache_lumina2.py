@@ -354,10 +354,10 @@ def parse(argv=None):
     args = parser.parse_args(argv)
 
     args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     by_hardware = args.model is None
     if by_hardware:
-        args.model = MODEL if args.device == "cuda" else str(BUNDLED_MODEL)
+        args.model, args.device = (MODEL, "cuda") if args.device == "cuda" else (str(BUNDLED_MODEL), "cpu")
+    args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     bundled = Path(args.model).resolve() == BUNDLED_MODEL
     args.prompt = args.prompt or [BUNDLED_PROMPT if bundled else PROMPT]
     args.coefficients = COEFFICIENTS
