@@ -42,6 +42,12 @@ def ssim(image, reference):
     return (luminance * structure).mean().item()
 
 
+def shorten(prompt, length):
+    """A prompt as one line of text that a Markdown table can hold."""
+    prompt = " ".join(prompt.split()).replace("|", "/")
+    return prompt if len(prompt) <= length else prompt[: length - 3] + "..."
+
+
 def lines(entry):
     """What stands under a picture of the strip."""
     return [
@@ -56,17 +62,19 @@ def lines(entry):
 def strip(rows):
     """One PIL image from rows of (PIL image, entry), a row for each prompt."""
     first = rows[0][0][0]
-    side = max(first.width, 160)  # small pictures are enlarged, for the text to fit under them
-    tall, line = round(first.height * side / first.width), max(14, side // 16)
-    wide, high = side + line, tall + 10 * line
+    side = max(first.width, 192)  # small pictures are enlarged, for the text to fit under them
+    tall, line = round(first.height * side / first.width), max(16, side // 16)
+    wide, high = side + line, tall + 9 * line
     page = Image.new("RGB", (wide * len(rows[0]), high * len(rows)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=0.85 * line)
     for r, row in enumerate(rows):
-        pen.text((line // 2, r * high + line // 3), row[0][1]["prompt"], fill="black", font=font)
+        title = shorten(row[0][1]["prompt"], 2 * page.width // line)
+        pen.text((line // 2, r * high + line // 3), title, fill="black", font=font)
         for c, (image, entry) in enumerate(row):
             x, y = c * wide + line // 2, r * high + 2 * line
             page.paste(image.resize((side, tall), Image.LANCZOS), (x, y))
-            pen.multiline_text((x, y + tall + line // 3), "\n".join(lines(entry)), fill="black", font=font, spacing=line // 5)
+            text = "\n".join(lines(entry))
+            pen.multiline_text((x, y + tall + line // 3), text, fill="black", font=font, spacing=line // 5)
     return page
 
 
@@ -93,7 +101,7 @@ def compare(generate, args, save):
     print("|---|---|---|---|---|---|---|")
     for e in entries:
         cost = f"{e['rel_l1_thresh']:g} | {e['seconds']:.2f} | {e['speedup']:.2f}x | {e['computed']} / {e['steps']}"
-        print(f"| {e['prompt'].replace('|', '/')} | {cost} | {e['psnr']:.2f} | {e['ssim']:.4f} |")
+        print(f"| {shorten(e['prompt'], 60)} | {cost} | {e['psnr']:.2f} | {e['ssim']:.4f} |")
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     names = "model transformer negative_prompt seed num_inference_steps height width guidance_scale cfg_trunc_ratio"
     settings = {name: getattr(args, name) for name in (*names.split(), "dtype", "coefficients")}

@@ -8,7 +8,7 @@ at the last computed step is added again. First and last step are always compute
 Paper: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, arXiv 2411.19108.
 
     python teacache_lumina2.py                              # one picture; edit the constants below
-    python teacache_lumina2.py --compare 0 0.1 0.2 0.3      # a strip of pictures, one for each threshold
+    python teacache_lumina2.py --compare 0 0.1 0.2 0.3      # a strip of them (needs compare_lumina2.py beside it)
 
 In your own code (nothing happens at import):
 
@@ -280,6 +280,8 @@ def apply_teacache(model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_TH
     Raises ValueError for settings that make no sense, and for a model whose forward something else has replaced.
     Returns the model.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"give the model itself, such as pipeline.transformer, not a {type(model).__name__}")
     coefficients = list(COEFFICIENTS if coefficients is None else coefficients)
     check_settings(num_steps, rel_l1_thresh, coefficients)
     setattr(model, forward_slot(model), MethodType(teacache_forward, model))
@@ -291,9 +293,9 @@ def apply_teacache(model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_TH
 
 def remove_teacache(model):
     """The stock forward again; no attribute and no tensor is left behind. Returns the model."""
-    if "enable_teacache" in vars(model):
+    if "coefficients" in vars(model):  # apply_teacache was here
         slot = forward_slot(model)
-        vars(model).pop(slot)
+        vars(model).pop(slot, None)
         if slot == "_old_forward":
             model._old_forward = MethodType(type(model).forward, model)
     for name in (*SETTINGS, "teacache"):
@@ -306,7 +308,7 @@ def forward_slot(model):
     slot = "_old_forward" if "_old_forward" in vars(model) else "forward"
     current = getattr(model, slot)
     if getattr(current, "__func__", None) not in (teacache_forward, type(model).forward):
-        raise ValueError("this model's forward is compiled, hooked or cached already: undo that, apply TeaCache first")
+        raise ValueError("this model's forward was replaced by something else (compiling, a hook): undo that first")
     return slot
 
 
@@ -382,7 +384,8 @@ def parse(argv=None):
     if args.offload != "none" and args.device == "cpu":
         fail(f"--offload {args.offload} moves weights to a GPU when they are needed, and there is none: leave it out")
     folder = Path(args.model)
-    if not folder.is_dir() and (not re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) or folder.parent.is_dir()):
+    on_hub = args.model == MODEL or re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) and not folder.parent.is_dir()
+    if not folder.is_dir() and not on_hub:
         fail(f"no model folder {args.model}: give a folder saved by diffusers, or a Hub name such as {MODEL}")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         fail(f"{args.model} has no model_index.json: give a pipeline folder saved by diffusers")
@@ -402,7 +405,7 @@ def parse(argv=None):
         except ImportError as error:
             fail(f"--compare needs compare_lumina2.py beside this script, and Pillow: {error}")
     if by_hardware and args.device != "cuda":
-        print(f"No CUDA GPU: drawing with the small bundled emoji model. For the real one: --model {MODEL}")
+        print(f"No CUDA GPU for torch: drawing with the bundled emoji model. For the real one: --model {MODEL}")
     return args
 
 
@@ -413,6 +416,10 @@ def load_pipeline(args):
     what, options, verbosity = args.model, {"torch_dtype": args.dtype}, logging.get_verbosity()
     logging.set_verbosity_error()
     try:
+        config = Lumina2Transformer2DModel.load_config(args.model, subfolder="transformer")
+        limit = 16 * min(config["axes_lens"][1:])  # of the rotary embedding
+        if max(args.height or 0, args.width or 0) > limit:
+            fail(f"{args.model} draws at most {limit} pixels in height and width")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # diffusers 0.42 calls it dtype, 0.33 knows only torch_dtype
             if args.transformer:
@@ -420,9 +427,6 @@ def load_pipeline(args):
                 options["transformer"] = Lumina2Transformer2DModel.from_single_file(str(what), **where, **options)
                 what = args.model
             pipeline = Lumina2Pipeline.from_pretrained(args.model, **options)
-        limit = min(pipeline.transformer.config.axes_lens[1:]) * 16
-        if max(args.height or 0, args.width or 0) > limit:
-            fail(f"{args.model} draws at most {limit} pixels in height and width")
         if args.offload == "model":
             pipeline.enable_model_cpu_offload(device=args.device)
         elif args.offload == "sequential":
@@ -471,7 +475,7 @@ def main(argv=None):
         image, figures = generate(pipeline, args, prompt, args.rel_l1_thresh)
         save(image, path)
         computed, steps = figures["computed"], figures["steps"]
-        print(f"saved {path}: {figures['seconds']:.2f} s, {computed} / {steps} steps computed, {steps / computed:.2f}x")
+        print(f"saved {path}: {figures['seconds']:.2f} s, {computed} / {steps} steps ({steps / computed:.2f}x fewer)")
 
 
 if __name__ == "__main__":

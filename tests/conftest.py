@@ -60,7 +60,8 @@ def denoise(
     """The loop of Lumina2Pipeline over (embeds, mask) pairs: same calls, same order, same values.
 
     before_call(step, name, count) runs before each call to the model and may raise Interrupted; `cast` passes a new
-    copy of the conditioning at each call; `switch` is {step: another cond}. Returns all outputs, then the latents.
+    copy of the embeddings ("all": and of the mask) at each call; `switch` is {step: another cond}.
+    Returns all outputs, then the latents.
     """
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps) if sigmas is None else sigmas)
@@ -76,7 +77,7 @@ def denoise(
             for name, (embeds, mask) in {"cond": cond, **({"uncond": uncond} if guided else {})}.items():
                 if before_call:
                     before_call(i, name, count)
-                embeds = embeds.clone() if cast else embeds
+                embeds, mask = embeds.clone() if cast else embeds, mask.clone() if cast == "all" else mask
                 velocity[name] = model(
                     hidden_states=latents,
                     timestep=time,

@@ -37,7 +37,7 @@ def test_run_as_a_script_from_anywhere(tmp_path):
     lines = run.stdout.splitlines()
     if not torch.cuda.is_available():
         assert "bundled" in lines[0] and "--model Alpha-VLLM/Lumina-Image-2.0" in lines[0]
-    assert "saved teacache_lumina2_output.png" in lines[-1] and "/ 30 steps computed, " in lines[-1]
+    assert "saved teacache_lumina2_output.png" in lines[-1] and " / 30 steps (" in lines[-1]
     assert "30/30" in run.stderr, "the pipeline's progress bar stays on"
     assert [p.name for p in tmp_path.iterdir()] == ["teacache_lumina2_output.png"]
     assert load(tmp_path / "teacache_lumina2_output.png").shape == (128, 128, 3)
@@ -68,11 +68,12 @@ def test_compare(tmp_path, capsys, identity, monkeypatch):
 
     page = load(tmp_path / "strip.png").astype(int)
     (row,) = drawn
-    wide, line = page.shape[1] // 4, 14
+    wide, line, side = page.shape[1] // 4, 16, 192
     for c, (image, entry) in enumerate(row):  # the pictures, and text under each
         x, y = c * wide + line // 2, 2 * line
-        assert np.array_equal(page[y : y + 160, x : x + 160], np.asarray(image.resize((160, 160), Image.LANCZOS)))
-        assert (page[y + 160 :, x : x + 160] < 128).any()
+        shown = np.asarray(image.resize((side, side), Image.LANCZOS))
+        assert np.array_equal(page[y : y + side, x : x + side], shown)
+        assert (page[y + side :, x : x + side] < 128).any()
         text = "\n".join(compare_lumina2.lines(entry))
         figures = [f"threshold {entry['rel_l1_thresh']:g}", f"{entry['seconds']:.2f} s", f"{entry['speedup']:.2f}x"]
         figures += [f"{entry['computed']} / 30 steps", f"SSIM {entry['ssim']:.3f}"]
@@ -113,7 +114,7 @@ def test_flags_reach_the_pipeline(tmp_path, capsys, identity, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out_1.jpg", "out_2.jpg"]
     assert load(tmp_path / "out_1.jpg").shape == (96, 160, 3)
     *_, last = capsys.readouterr().out.splitlines()
-    assert f"saved {tmp_path / 'out_2.jpg'}" in last and "/ 8 steps computed, " in last and " s, " in last
+    assert f"saved {tmp_path / 'out_2.jpg'}" in last and " / 8 steps (" in last and " s, " in last
 
 
 def test_single_file_transformer(tmp_path):
@@ -183,7 +184,9 @@ def test_offload_without_a_gpu(capsys):
     assert "GPU" in capsys.readouterr().err
 
 
-def test_larger_than_the_model_can_draw(capsys):
+def test_larger_than_the_model_can_draw(capsys, monkeypatch):
+    """Known from its config: no weights are loaded for it."""
+    monkeypatch.setattr("diffusers.Lumina2Pipeline.from_pretrained", None)
     with pytest.raises(SystemExit) as exit:
         main([*MODEL, "--height", "1040"])
     assert exit.value.code == 2 and "1024" in capsys.readouterr().err.splitlines()[-1]
@@ -232,6 +235,14 @@ def test_psnr_and_ssim_are_those_of_scikit_image():
     _, full = metrics.structural_similarity(a, b, channel_axis=2, full=True, **options)
     assert compare_lumina2.ssim(*images) == pytest.approx(full[5:-5, 5:-5].mean(), abs=1e-9)
     assert compare_lumina2.psnr(images[0], images[0]) == np.inf and compare_lumina2.ssim(images[0], images[0]) == 1
+
+
+def test_awkward_prompts_fit_the_table_and_the_strip():
+    assert compare_lumina2.shorten("a|b\nc   d", 60) == "a/b c d"
+    assert compare_lumina2.shorten("x" * 99, 60) == "x" * 57 + "..."
+    entry = {"prompt": "a\n" * 500, "rel_l1_thresh": 0, "seconds": 1, "speedup": 1, "computed": 1, "steps": 1}
+    page = compare_lumina2.strip([[(Image.new("RGB", (64, 64), "red"), entry | {"psnr": np.inf, "ssim": 1.0})]])
+    assert page.getpixel((100, 40)) == (255, 0, 0)
 
 
 def test_generate_leaves_no_tensor(pipeline):

@@ -186,6 +186,7 @@ MODES = {
     "guided for one step": dict(trunc=1 / 8),
     "never guided": dict(trunc=0.0),
     "cast anew": dict(cast=True),
+    "mask and all cast anew": dict(cast="all"),
     "batch of unequal prompts": dict(cond=conditioning([7, 2, 5], 1), uncond=conditioning([1, 1, 1], 2)),
     "images per prompt": dict(
         cond=tuple(t.repeat_interleave(2, 0) for t in conditioning([6, 3], 1)),
@@ -401,6 +402,14 @@ def test_class_way_equals_instance_way(patched_class, monkeypatch):
     assert equal(denoise(model, PROMPT, NEGATIVE)[0], stock[0])
 
 
+def test_class_way_with_a_setting_on_the_instance(patched_class):
+    model = tiny_model()
+    before = set(vars(model))
+    model.enable_teacache = True
+    denoise(model, PROMPT, NEGATIVE)
+    assert set(vars(remove_teacache(model))) == before
+
+
 def test_class_way_keeps_two_models_apart(patched_class):
     a, b = tiny_model(0), tiny_model(1)
     expected = [oracle_run(m, 0.1, IDENTITY, 8, PROMPT, NEGATIVE)[0] for m in (a, b)]
@@ -452,6 +461,8 @@ def test_apply_touches_one_instance_and_remove_leaves_nothing(model):
 )
 def test_bad_settings(model, bad):
     before = set(vars(model))
+    with pytest.raises(ValueError, match="pipeline.transformer"):
+        apply_teacache(object(), num_steps=8)
     with pytest.raises(ValueError) as error:
         apply_teacache(model, **bad)
     assert "\n" not in str(error.value) and set(vars(model)) == before
@@ -488,10 +499,10 @@ def test_a_forward_that_something_else_replaced_is_left_alone(model, applied):
     if applied:
         apply_teacache(model)
     theirs = model.forward = lambda *args, **kwargs: "theirs"
-    with pytest.raises(ValueError, match="apply TeaCache first"):
+    with pytest.raises(ValueError, match="undo that first"):
         apply_teacache(model)
     if applied:  # theirs may call ours: taking the settings away would leave it running with the defaults
-        with pytest.raises(ValueError, match="apply TeaCache first"):
+        with pytest.raises(ValueError, match="undo that first"):
             remove_teacache(model)
     else:
         remove_teacache(model)

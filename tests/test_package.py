@@ -101,6 +101,21 @@ def test_ci_runs_the_readmes_test_command():
     assert commands[0].endswith("python TeaCache4LuminaT2X/teacache_lumina2.py --compare 0 0.1 0.2 0.3")
 
 
+def test_the_table_of_the_bundled_model(pipeline):
+    """Steps computed with v1, as the README says; other processors may round one step to the other side."""
+    text = read("TeaCache4LuminaT2X", "README.md").split("Measured here", 1)[1]
+    rows = re.findall(r"^\| ([\d.]+) \| [\d.]+ \| [\d.]+x \| (\d+) / 30 \|", text, re.M)
+    assert [thresh for thresh, _ in rows] == ["0", "0.1", "0.2", "0.3"]
+    try:
+        for thresh, computed in rows:
+            teacache_lumina2.apply_teacache(pipeline.transformer, 30, float(thresh))
+            generator = torch.Generator().manual_seed(teacache_lumina2.SEED)
+            pipeline(teacache_lumina2.BUNDLED_PROMPT, generator=generator, output_type="latent")
+            assert abs(sum(pipeline.transformer.teacache.schedule) - int(computed)) <= 1
+    finally:
+        teacache_lumina2.remove_teacache(pipeline.transformer)
+
+
 def test_what_the_founding_readme_documents():
     """Latency table of the 4070 laptop, coefficients, paper, thanks."""
     text = read("TeaCache4LuminaT2X", "README.md")

@@ -19,6 +19,7 @@ import copy
 import json
 import math
 import random
+import textwrap
 import time
 from pathlib import Path
 
@@ -49,7 +50,7 @@ LR = 2e-3
 WARMUP = 100
 EMA = 0.999
 CAPTION_DROPOUT = 0.1   # the pipeline's empty negative prompt, so that guidance has something to leave
-SPELL = 0.05            # share of words spelled out letter by letter, so that unknown words mean something
+SPELL = 0.05            # share of words spelled out letter by letter, so that the letters' embeddings are trained too
 MAX_TOKENS = 16         # to which captions are padded here; longer ones are not spelled
 SHIFT = 2.0             # of the sampling schedule; training timesteps are logit-normal
 # ------------------------------------------------------------------------------
@@ -417,13 +418,14 @@ def export(vae, model, tokenizer, shift, scale, target):
 def draw_sheet(folder, path):
     pipeline = Lumina2Pipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    sheet = Image.new("RGB", (8 * (SIZE + 12), 6 * (SIZE + 26)), "white")
+    sheet = Image.new("RGB", (8 * (SIZE + 12), 6 * (SIZE + 34)), "white")
     pen = ImageDraw.Draw(sheet)
     for i, prompt in enumerate(tqdm(SHEET, desc="sheet")):
         picture = pipeline(prompt, generator=torch.Generator().manual_seed(i)).images[0]
-        x, y = i % 8 * (SIZE + 12) + 6, i // 8 * (SIZE + 26) + 4
+        x, y = i % 8 * (SIZE + 12) + 6, i // 8 * (SIZE + 34) + 4
         sheet.paste(picture, (x, y))
-        pen.text((x + SIZE // 2, y + SIZE + 10), prompt[:24], fill="black", anchor="mm")
+        words = textwrap.fill(prompt, 20)
+        pen.multiline_text((x + SIZE // 2, y + SIZE + 14), words, fill="black", anchor="mm", align="center", spacing=1)
     sheet.save(path)
 
 
