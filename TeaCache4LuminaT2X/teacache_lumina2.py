@@ -21,6 +21,7 @@ import argparse
 import functools
 import importlib
 import inspect
+import json
 import math
 import numbers
 import os
@@ -389,6 +390,10 @@ def parse(argv=None):
         fail(f"no model folder {args.model}: give a folder saved by diffusers, or a Hub name such as {MODEL}")
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         fail(f"{args.model} has no model_index.json: give a pipeline folder saved by diffusers")
+    config = folder / "transformer" / "config.json"
+    limit = 16 * min(json.loads(config.read_text())["axes_lens"][1:]) if config.is_file() else math.inf
+    if max(args.height or 0, args.width or 0) > limit:
+        fail(f"{args.model} draws at most {limit} pixels in height and width, the length of its rotary embedding")
     if args.transformer and not args.transformer.is_file():
         fail(f"no checkpoint file {args.transformer}")
     if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -416,10 +421,6 @@ def load_pipeline(args):
     what, options, verbosity = args.model, {"torch_dtype": args.dtype}, logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        config = Lumina2Transformer2DModel.load_config(args.model, subfolder="transformer")
-        limit = 16 * min(config["axes_lens"][1:])  # of the rotary embedding
-        if max(args.height or 0, args.width or 0) > limit:
-            fail(f"{args.model} draws at most {limit} pixels in height and width")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # diffusers 0.42 calls it dtype, 0.33 knows only torch_dtype
             if args.transformer:
