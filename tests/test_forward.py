@@ -65,6 +65,17 @@ def test_off_is_stock_bit_for_bit(return_dict, off, lengths, dtype):
     assert ours[0].dtype == dtype and torch.equal(ours[0], stock[0])
 
 
+def test_a_mask_only_where_there_is_padding(model):
+    """As stock does: without a mask the fast attention kernels can be used."""
+    masks = []
+    model.layers[0].register_forward_pre_hook(lambda _, args: masks.append(args[1]))
+    apply_teacache(model)
+    with torch.no_grad():
+        once(model, (4, 4), t=0.1)
+        once(model, (4, 2), t=0.2)
+    assert masks[0] is None and masks[1].sum(dim=1).tolist() == [10, 8]
+
+
 @pytest.mark.parametrize("coefficients", [COEFFICIENTS_V2, [-1.0]], ids=["v2", "negative"])
 def test_threshold_0_never_skips_and_keeps_nothing(model, coefficients):
     """Also with a polynomial below zero, whose sum lies below the threshold 0."""
