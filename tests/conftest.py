@@ -1,6 +1,9 @@
 """Tiny random models, the denoising loop of Lumina2Pipeline, and an oracle to compare with."""
 
+import os
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-for-bit figures are the CPU's, also where there is a GPU
 
 import numpy as np
 import pytest
@@ -181,6 +184,11 @@ def block_calls(model):
 
 def equal(a, b):
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+@pytest.fixture(autouse=True)
+def cpu_only(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
 
 
 @pytest.fixture
