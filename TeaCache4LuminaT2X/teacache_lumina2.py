@@ -60,7 +60,7 @@ COEFFICIENTS = COEFFICIENTS_V1
 
 
 class Branch:
-    """What is remembered for one conditioning, the prompt's or the negative prompt's, of a running generation."""
+    """What is remembered for one conditioning of a running generation; guidance in two passes has two of them."""
 
     def __init__(self, tensors, layout):
         self.tensors, self.layout = tensors, layout  # what it is known by
@@ -97,8 +97,8 @@ class TeaCacheState:
     def enter(self, time, tensors, layout, num_steps):
         """The branch of this call, after moving to its step. When the last step begins, all branches are let go.
 
-        tensors: the conditioning; the last is the very same object throughout a generation, even where the prompt is
-        replaced midway (callback_on_step_end). layout: plain values that a generation keeps: the latents' shape.
+        tensors: the conditioning; the last is the very same object throughout a generation, even where another is
+        replaced midway (as callback_on_step_end may). layout: plain values that a generation keeps: the latents' shape.
         """
         if time != self.time:
             self.branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
@@ -282,7 +282,8 @@ def apply_teacache(model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_TH
     Returns the model.
     """
     if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"give the model itself, such as pipeline.transformer, not a {type(model).__name__}")
+        what = "pipeline.transformer or pipeline.diffusion_net"
+        raise ValueError(f"give the model itself, such as {what}, not a {type(model).__name__}")
     coefficients = list(COEFFICIENTS if coefficients is None else coefficients)
     check_settings(num_steps, rel_l1_thresh, coefficients)
     setattr(model, forward_slot(model), MethodType(teacache_forward, model))
@@ -330,7 +331,7 @@ def save(image, path):
 
 def fail(message):
     """One line on stderr, exit code 2."""
-    print(f"teacache_lumina2: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"{Path(__file__).stem}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 

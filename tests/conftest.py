@@ -1,6 +1,8 @@
 """Tiny random models, the denoising loop of Lumina2Pipeline, and an oracle to compare with."""
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-for-bit figures are the CPU's, also where there is a GPU
@@ -12,8 +14,23 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Transformer2DModel
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "assets" / "lumina2-emoji"
+MEMO_DOUBLE = ROOT / "tests" / "memo_double"
 STOCK_FORWARD = Lumina2Transformer2DModel.forward
 CHANNELS, FEATURES = 4, 12
+
+
+def pytest_addoption(parser):
+    parser.addoption("--memo", metavar="PATH", help="run the MEMO tests on this clone of memoavatar/memo")
+
+
+def pytest_configure(config):
+    """The real memo where it is given or installed, else the double: both are imported as `memo`."""
+    path = config.getoption("--memo")
+    if path and not Path(path, "memo", "models", "unet_3d.py").is_file():
+        raise pytest.UsageError(f"no clone of memoavatar/memo in {path}")
+    installed = importlib.util.find_spec("memo") is not None
+    if path or not installed:
+        sys.path.insert(0, str(Path(path or MEMO_DOUBLE).resolve()))
 
 
 def tiny_model(seed=0, **config):

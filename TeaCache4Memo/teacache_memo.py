@@ -1,0 +1,584 @@
+"""TeaCache for MEMO: the same talking head from fewer passes through the network, without training.
+
+MEMO (arXiv 2412.04448) turns a portrait and a voice into video, in clips of 16 frames, each denoised in 20 steps by a
+UNet. Between two steps the features of its input convolution change a little, and the output of its blocks changes in
+proportion. TeaCache adds up their relative L1 change; while the sum stays below `REL_L1_THRESH`, the blocks are
+skipped, and what they added at the last computed step is added again. Computed always: the first and the last step of
+a clip, and every step that writes MEMO's memory of past frames.
+
+Paper: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, arXiv 2411.19108.
+
+    python teacache_memo.py                                  # memo's own example; edit the constants below
+    python teacache_memo.py --input_image face.jpg --input_audio speech.wav --output_dir outputs
+    python teacache_memo.py --compare 0 0.09 0.15 0.25       # side by side (needs compare_memo.py beside it)
+
+In your own code (nothing happens at import, memo need not be installed for it):
+
+    from TeaCache4Memo.teacache_memo import apply_teacache, load_pipeline
+    pipeline, audio_proj = load_pipeline("memoavatar/memo")
+    apply_teacache(pipeline.diffusion_net, num_steps=20, rel_l1_thresh=0.15)
+"""
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import math
+import numbers
+import os
+import shutil
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import MethodType, ModuleType, SimpleNamespace
+
+import torch
+
+# ------------------------------------------------------------------------------
+REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.5x | 0.15: 2.0x | 0.25: 2.5x  (founding README, A800, not repeated here)
+NUM_INFERENCE_STEPS = 20  # for apply_teacache; the script takes inference_steps from CONFIG
+SEED = 42
+INPUT_IMAGE = "assets/examples/dicaprio.jpg"  # these three are looked for here, then in the folder of memo's code
+INPUT_AUDIO = "assets/examples/speech.wav"
+CONFIG = "configs/inference.yaml"
+OUTPUT_DIR = "outputs"
+MODEL = "memoavatar/memo"  # for load_pipeline; the script takes model_name_or_path and vae from CONFIG
+VAE = "stabilityai/sd-vae-ft-mse"
+COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: identity, none was fitted for MEMO
+INSTALL_MEMO = "git clone https://github.com/memoavatar/memo && pip install -e memo"
+# ------------------------------------------------------------------------------
+
+
+# --- the state of a generation ------------------------------------------------
+
+
+class Branch:
+    """What is remembered for one conditioning of a running generation; guidance in two passes has two of them."""
+
+    def __init__(self, tensors, layout):
+        self.tensors, self.layout = tensors, layout  # what it is known by
+        self.step = -1  # the last step that called it
+        self.modulated = None  # indicator input of that step
+        self.residual = None  # output minus input of the blocks at the last computed step
+
+    def has(self, tensors):
+        """These very tensors, or (where a caller casts anew at each call) equal ones."""
+        return all(
+            a is b or ((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b))
+            for a, b in zip(self.tensors, tensors)
+        )
+
+
+class TeaCacheState:
+    """Where a model stands in a generation: the step, the decision for it, and its branches.
+
+    It sees only the calls. All calls of one step share their `time`, and it rises from step to step. A time that
+    falls, or a conditioning that has nothing of the last step's, begins a new generation: so an interrupted one, or
+    one with another prompt, size or batch, leaves nothing to the next. A branch that misses a step is forgotten.
+    """
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.step, self.time, self.last = -1, -math.inf, False
+        self.compute = None  # the decision for this step, for all its branches; None: not yet made
+        self.accumulated = 0.0  # rescaled relative L1 change since the last computed step
+        self.schedule = []  # the decisions of this generation: True for a step that is computed
+        self.branches = []
+
+    def enter(self, time, tensors, layout, num_steps):
+        """The branch of this call, after moving to its step. When the last step begins, all branches are let go.
+
+        tensors: the conditioning; the last is the very same object throughout a generation, even where another is
+        replaced midway (as callback_on_step_end may). layout: plain values that a generation keeps: the latents' shape.
+        """
+        if time != self.time:
+            self.branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
+            goes_on = any(b.tensors[-1] is tensors[-1] or b.has(tensors) for b in self.branches)
+            if time < self.time or not goes_on:
+                self.reset()
+            self.step, self.time, self.compute = self.step + 1, time, None
+        self.last = self.step >= num_steps - 1
+        if self.last:
+            self.branches = []
+        branch = next((b for b in self.branches if b.layout == layout and b.has(tensors)), None)
+        if branch is None:
+            branch = Branch(tensors, layout)
+            if not self.last:
+                self.branches.append(branch)
+        branch.step = self.step
+        return branch
+
+    def decide(self, compute):
+        self.compute = compute
+        self.schedule.append(compute)
+        if compute:
+            self.accumulated = 0.0
+
+
+def relative_l1(new, old):
+    """mean |new - old| / mean |old|, accumulated in float32."""
+    return ((new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
+
+
+def rescale(coefficients, x):
+    """The polynomial at x, highest power first, in float64 (as numpy.polyval)."""
+    y = 0.0
+    for c in coefficients:
+        y = y * x + c
+    return y
+
+
+# --- the forward ----------------------------------------------------------------
+
+
+def teacache_forward(
+    self,
+    sample,
+    ref_features,
+    timestep,
+    encoder_hidden_states,
+    audio_embedding=None,
+    audio_emotion=None,
+    class_labels=None,
+    mask_cond_fea=None,
+    attention_mask=None,
+    down_block_additional_residuals=None,
+    mid_block_additional_residual=None,
+    uc_mask=None,
+    return_dict=True,
+    is_new_audio=True,
+    update_past_memory=False,
+):
+    """`UNet3DConditionModel.forward` (memo, commit a5aee30) with TeaCache around the down, mid and up blocks.
+
+    Settings are read from the instance or, the original TeaCache way, from its class: `enable_teacache` (True),
+    `num_steps` (20), `rel_l1_thresh` (0.15), `coefficients` (identity). State is on the instance, in `self.teacache`.
+
+    Args:
+        sample: (batch, channels, frames, height, width), the noisy latents; batch 2 with guidance, unconditional first.
+        ref_features: memo's reference net's, {"down": [...], "mid": [...], "up": [...]}, portrait and past frames.
+        timestep: number, tensor of 0 or 1 dimensions, or a list of them, one for each frame; falling in a clip.
+        encoder_hidden_states: (batch, tokens, cross_attention_dim), face embedding.
+        audio_embedding: (batch, frames, tokens, audio_attention_dim).
+        audio_emotion: (batch,), labels.
+        class_labels: (batch,), for models with a class embedding.
+        mask_cond_fea: added to the features of `conv_in`.
+        attention_mask: (batch * frames, tokens), 1 for a token and 0 for padding.
+        down_block_additional_residuals, mid_block_additional_residual: added to the features, as by a ControlNet.
+        uc_mask: (batch * frames,), True where the portrait is not attended to.
+        return_dict: memo's `UNet3DConditionOutput` if True, else a tuple of one.
+        is_new_audio: the memory of past frames is begun anew.
+        update_past_memory: the memory takes in the past frames; such a call is always computed.
+
+    Returns: the predicted velocity, (batch, channels, frames, height, width). With gradients enabled, at threshold 0,
+    or with `enable_teacache = False` it is bit for bit the stock forward's. Raises ValueError for one emotion without
+    a batch, which memo's pipeline passes when guidance is off.
+    """
+    from memo.models.unet_3d import UNet3DConditionOutput
+
+    if torch.is_tensor(audio_emotion) and audio_emotion.ndim == 0:
+        raise ValueError("audio_emotion needs a label a sample; memo's pipeline gives that with guidance_scale > 1")
+    timesteps = timestep if isinstance(timestep, list) else [timestep]
+
+    # 1. Input features
+    latents = 2 * sample - 1.0 if self.config.get("center_input_sample", False) else sample
+    features = self.conv_in(latents)  # (batch, block_out_channels[0], frames, height, width)
+    if mask_cond_fea is not None:
+        features = features + mask_cond_fea
+
+    # TeaCache, the one departure from stock: skip the blocks, or run them and remember what they added
+    branch = None
+    if getattr(self, "enable_teacache", True) and not torch.is_grad_enabled():
+        state = vars(self).setdefault("teacache", TeaCacheState())
+        thresh = getattr(self, "rel_l1_thresh", REL_L1_THRESH)
+        num_steps = getattr(self, "num_steps", NUM_INFERENCE_STEPS)
+        time = -sum(torch.as_tensor(t, dtype=torch.float32).mean().item() for t in timesteps)  # memo's falls
+        conditioning = (audio_embedding, encoder_hidden_states, ref_features["mid"][0][0][0])
+        tensors = [tensor for tensor in conditioning if tensor is not None]
+        branch = state.enter(time, tensors, (sample.shape, sample.dtype, sample.device), num_steps)
+        caching = thresh > 0 and not state.last
+        if state.compute is None:  # the first call of a step decides for all of its branches
+            compute = branch.modulated is None or update_past_memory or not caching
+            if not compute:
+                change = relative_l1(features, branch.modulated)
+                state.accumulated += rescale(getattr(self, "coefficients", COEFFICIENTS), change)
+                compute = not state.accumulated < thresh  # a NaN computes
+            state.decide(compute)
+        branch.modulated = features if caching else None
+    else:
+        vars(self).pop("teacache", None)  # what was cached would be too old for a later call
+
+    if branch is not None and not state.compute and branch.residual is not None and not update_past_memory:
+        hidden = features + branch.residual
+    else:
+        # 2. Timestep and class embedding, (batch, channels) or, for a list of timesteps, (batch, frames, channels)
+        embedded = []
+        for t in timesteps:
+            if not torch.is_tensor(t):  # in a list, stock cuts off the fraction
+                t = torch.tensor(t if isinstance(timestep, float) else int(t))
+            embedded.append(self.time_proj(t.to(sample.device).flatten().expand(len(sample))).to(self.dtype))
+        temb = self.time_embedding(torch.stack(embedded, dim=1) if isinstance(timestep, list) else embedded[0])
+        if self.class_embedding is not None:
+            if class_labels is None:
+                raise ValueError("this model has a class embedding: give class_labels")
+            if self.config.class_embed_type == "timestep":
+                class_labels = self.time_proj(class_labels)
+            temb = temb + self.class_embedding(class_labels).to(self.dtype)
+
+        # 3. Blocks; those with cross-attention hear the audio, and pass it on
+        if attention_mask is not None:
+            attention_mask = ((1 - attention_mask.to(sample.dtype)) * -10000.0).unsqueeze(1)
+        hears = {"attention_mask": attention_mask, "emotion": audio_emotion, "uc_mask": uc_mask}
+        common = {"temb": temb, "encoder_hidden_states": encoder_hidden_states}
+        common |= {"is_new_audio": is_new_audio, "update_past_memory": update_past_memory}
+
+        def inputs(block, ref_feature_list):
+            audio = {"audio_embedding": audio_embedding, **hears} if getattr(block, "has_cross_attention", 0) else {}
+            return {"ref_feature_list": ref_feature_list, **common, **audio}
+
+        hidden, skips = features, (features,)
+        for i, block in enumerate(self.down_blocks):
+            hidden, outputs, *audio = block(hidden_states=hidden, **inputs(block, ref_features["down"][i]))
+            audio_embedding = audio[0] if audio else audio_embedding
+            skips += outputs
+        if down_block_additional_residuals is not None:
+            skips = tuple(skip + more for skip, more in zip(skips, down_block_additional_residuals))
+
+        hidden, audio_embedding = self.mid_block(hidden, **inputs(self.mid_block, ref_features["mid"][0]))
+        if mid_block_additional_residual is not None:
+            hidden = hidden + mid_block_additional_residual
+
+        divisible = all(side % 2**self.num_upsamplers == 0 for side in sample.shape[-2:])
+        size = None  # (frames, height, width) to upsample to, where doubling would not meet the skip connection
+        for i, block in enumerate(self.up_blocks):
+            skips, taken = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
+            if not divisible and i < len(self.up_blocks) - 1:
+                size = skips[-1].shape[2:]
+            given = {"res_hidden_states_tuple": taken, "upsample_size": size}
+            output = block(hidden_states=hidden, **given, **inputs(block, ref_features["up"][i]))
+            hidden, audio_embedding = output if isinstance(output, tuple) else (output, audio_embedding)
+
+        if branch is not None and caching:
+            branch.residual = hidden - features
+
+    # 4. Output convolution
+    output = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+    return UNet3DConditionOutput(sample=output) if return_dict else (output,)
+
+
+SETTINGS = ("enable_teacache", "num_steps", "rel_l1_thresh", "coefficients")
+
+
+def check_settings(num_steps, rel_l1_thresh, coefficients=COEFFICIENTS):
+    """ValueError with what to do, for settings that make no sense."""
+    if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
+        raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
+    if not (math.isfinite(rel_l1_thresh) and rel_l1_thresh >= 0):
+        raise ValueError(f"rel_l1_thresh must be a number of at least 0 (0: nothing is skipped), not {rel_l1_thresh}")
+    if len(coefficients) == 0 or not all(map(math.isfinite, coefficients)):
+        raise ValueError(f"coefficients must be finite numbers, highest power first, not {coefficients}")
+
+
+def apply_teacache(model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_THRESH, coefficients=None):
+    """Give this one model TeaCache; others are untouched. Applying it again changes the settings, and starts afresh.
+
+    Args:
+        model: the pipeline's model, before or after accelerate's offloading was enabled.
+        num_steps: the pipeline's `num_inference_steps`, so that the last step is known.
+        rel_l1_thresh: 0 skips nothing; more skips more.
+        coefficients: of the rescaling polynomial, highest power first; None: `COEFFICIENTS`.
+
+    Raises ValueError for settings that make no sense, and for a model whose forward something else has replaced.
+    Returns the model.
+    """
+    if not isinstance(model, torch.nn.Module):
+        what = "pipeline.transformer or pipeline.diffusion_net"
+        raise ValueError(f"give the model itself, such as {what}, not a {type(model).__name__}")
+    coefficients = list(COEFFICIENTS if coefficients is None else coefficients)
+    check_settings(num_steps, rel_l1_thresh, coefficients)
+    setattr(model, forward_slot(model), MethodType(teacache_forward, model))
+    vars(model).pop("teacache", None)
+    for name, value in zip(SETTINGS, (True, int(num_steps), float(rel_l1_thresh), coefficients)):
+        setattr(model, name, value)
+    return model
+
+
+def remove_teacache(model):
+    """The stock forward again; no attribute and no tensor is left behind. Returns the model."""
+    if "coefficients" in vars(model):  # apply_teacache was here
+        slot = forward_slot(model)
+        vars(model).pop(slot, None)
+        if slot == "_old_forward":
+            model._old_forward = MethodType(type(model).forward, model)
+    for name in (*SETTINGS, "teacache"):
+        vars(model).pop(name, None)
+    return model
+
+
+def forward_slot(model):
+    """The attribute that holds the model's own forward: accelerate's offloading hooks keep it in `_old_forward`."""
+    slot = "_old_forward" if "_old_forward" in vars(model) else "forward"
+    current = getattr(model, slot)
+    if getattr(current, "__func__", None) not in (teacache_forward, type(model).forward):
+        raise ValueError("this model's forward was replaced by something else (compiling, a hook): undo that first")
+    return slot
+
+
+# --- memo -----------------------------------------------------------------------
+
+
+def import_memo():
+    """memo's classes. xformers, which memo imports whether or not it is used, may be missing or fail to import."""
+    stand_ins = {}
+    try:
+        importlib.import_module("xformers.ops")
+    except Exception:
+        stand_ins = {name: ModuleType(name) for name in ("xformers", "xformers.ops")}
+        sys.modules.update(stand_ins)
+    classes = {
+        "models.attention_processor": "MemoryLinearAttnProcessor",
+        "models.audio_proj": "AudioProjModel",
+        "models.image_proj": "ImageProjModel",
+        "models.motion_module": "MemoryLinearAttention",
+        "models.unet_2d_condition": "UNet2DConditionModel",
+        "models.unet_3d": "UNet3DConditionModel",
+        "pipelines.video_pipeline": "VideoPipeline",
+    }
+    try:
+        return SimpleNamespace(**{c: getattr(importlib.import_module(f"memo.{m}"), c) for m, c in classes.items()})
+    finally:
+        for name in stand_ins:
+            sys.modules.pop(name, None)
+
+
+def set_memory_processors(diffusion_net):
+    """Give MEMO's memory attention its processor, with an empty memory. Returns the model.
+
+    `from_pretrained` leaves diffusers' default there, with which the first call is a TypeError, unless xformers is
+    enabled afterwards.
+    """
+    memo = import_memo()
+    for module in diffusion_net.modules():
+        if isinstance(module, memo.MemoryLinearAttention):
+            module.set_processor(memo.MemoryLinearAttnProcessor())
+    return diffusion_net
+
+
+def load_pipeline(model=MODEL, vae=VAE, device=None, dtype=torch.bfloat16, xformers=True):
+    """memo's `VideoPipeline` and `AudioProjModel`, ready to run.
+
+    Args:
+        model: Hub name, or folder: memo's own layout (diffusion_net, reference_net, image_proj, audio_proj), or a
+            pipeline saved by diffusers (model_index.json) with audio_proj beside its parts.
+        vae: Hub name or folder of the VAE, for memo's own layout; a saved pipeline brings its own.
+        device: default CUDA where there is one, else the CPU.
+        dtype: of all but the audio projection, which stays in float32 on the CPU, as in memo.
+        xformers: use its attention where it works; it needs CUDA.
+
+    Raises ImportError where memo or what it needs is not installed, OSError where a part of the model is missing.
+    """
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+
+    memo = import_memo()
+    if (Path(model) / "model_index.json").is_file():
+        pipeline = memo.VideoPipeline.from_pretrained(model)
+    else:
+        parts = {
+            "reference_net": memo.UNet2DConditionModel,
+            "diffusion_net": memo.UNet3DConditionModel,
+            "image_proj": memo.ImageProjModel,
+        }
+        load = {"use_safetensors": True}
+        pipeline = memo.VideoPipeline(
+            vae=AutoencoderKL.from_pretrained(vae),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            **{name: part.from_pretrained(model, subfolder=name, **load) for name, part in parts.items()},
+        )
+    audio_proj = memo.AudioProjModel.from_pretrained(model, subfolder="audio_proj", use_safetensors=True)
+    for part in (pipeline.vae, pipeline.reference_net, pipeline.diffusion_net, pipeline.image_proj, audio_proj):
+        part.requires_grad_(False).eval()
+
+    set_memory_processors(pipeline.diffusion_net)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if xformers and xformers_works(device):
+        pipeline.reference_net.enable_xformers_memory_efficient_attention()
+        pipeline.diffusion_net.enable_xformers_memory_efficient_attention()
+    return pipeline.to(device=device, dtype=dtype), audio_proj
+
+
+def xformers_works(device):
+    """Installed, and its attention runs on this device."""
+    if device.type != "cuda":
+        return False
+    try:
+        q = torch.randn(1, 2, 40, device=device)
+        importlib.import_module("xformers.ops").memory_efficient_attention(q, q, q)
+        return True
+    except Exception:
+        return False
+
+
+def generate(pipeline, audio_proj, inputs, config, seed, thresh, steps=None, max_clips=None):
+    """The video, clip by clip, each beginning with the last frames of the one before.
+
+    Args:
+        inputs: `pixel_values` (1, 3, height, width) in [-1, 1] and `face_emb` (1, 512) of the portrait; `audio_emb`
+            (frames, window, blocks, channels), `audio_emotion` (frames,) and `num_emotion_classes` of the voice.
+        config: memo's configs/inference.yaml as a namespace.
+        seed, thresh: of the noise, drawn on the CPU; of TeaCache.
+        steps, max_clips: fewer than `config` and the voice ask for.
+
+    Returns: frames (frames, height, width, 3), uint8; figures: seconds, steps computed, all steps.
+    """
+    from tqdm import tqdm
+
+    steps = steps or config.inference_steps
+    apply_teacache(pipeline.diffusion_net, steps, thresh)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    size = config.num_generated_frames_per_clip
+    clips = min(len(inputs.audio_emb) // size, max_clips or math.inf)
+    past = inputs.pixel_values.repeat(config.num_init_past_frames, 1, 1, 1)  # (past frames, 3, height, width)
+    frames, computed, total = [], 0, 0
+    began = time.perf_counter()
+    bar = tqdm(total=clips, unit="clip", desc=f"threshold {thresh:g}")
+    with bar, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # memo is written for diffusers 0.31
+        for clip in range(clips):
+            window = slice(clip * size, (clip + 1) * size)
+            audio = inputs.audio_emb[window].unsqueeze(0).to(audio_proj.device, audio_proj.dtype)
+            video = pipeline(
+                ref_image=torch.cat([inputs.pixel_values, past]).unsqueeze(0),
+                face_emb=inputs.face_emb,
+                audio_tensor=audio_proj(audio),
+                audio_emotion=inputs.audio_emotion[window],
+                emotion_class_num=inputs.num_emotion_classes,
+                width=config.resolution,
+                height=config.resolution,
+                video_length=size,
+                num_inference_steps=steps,
+                guidance_scale=config.cfg_scale,
+                generator=generator,
+                is_new_audio=clip == 0,
+            ).videos[0]  # (3, frames, height, width) in [0, 1]
+            past = video.transpose(0, 1)[-config.num_past_frames :].to(inputs.pixel_values) * 2 - 1
+            frames.append((video.permute(1, 2, 3, 0) * 255).clamp(0, 255).to(torch.uint8))
+            schedule = pipeline.diffusion_net.teacache.schedule
+            computed, total = computed + sum(schedule), total + len(schedule)
+            bar.set_postfix_str(f"{computed} / {total} steps computed", refresh=False)
+            bar.update()
+    seconds = time.perf_counter() - began
+    return torch.cat(frames).numpy(), {"seconds": seconds, "computed": computed, "steps": total}
+
+
+# --- the command line -----------------------------------------------------------
+
+
+def fail(message):
+    """One line on stderr, exit code 2."""
+    print(f"{Path(__file__).stem}: {' '.join(str(message).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(argv=None):
+    """The arguments, checked as far as they can be before anything is loaded."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.error = fail
+    add = parser.add_argument
+    add("--config", default=CONFIG, help="memo's configs/inference.yaml, or one like it")
+    add("--input_image", "--input-image", default=INPUT_IMAGE, help="portrait")
+    add("--input_audio", "--input-audio", default=INPUT_AUDIO, help="voice, best as wav")
+    add("--output_dir", "--output-dir", type=Path, default=OUTPUT_DIR, help="<image>_<audio>.mp4 is written there")
+    add("--seed", type=int, default=SEED)
+    add("--rel_l1_thresh", "--rel-l1-thresh", type=float, default=REL_L1_THRESH)
+    add("--compare", type=float, nargs="+", metavar="T", help="one panel for each threshold, side by side")
+    add("--overwrite", action="store_true", help="replace an output that exists")
+    args = parser.parse_args(argv)
+
+    spec = importlib.util.find_spec("memo")
+    if spec is None or not spec.submodule_search_locations:
+        fail(f"memo is not installed: {INSTALL_MEMO}")
+    beside_memo = Path(next(iter(spec.submodule_search_locations))).parent
+    for name in ("config", "input_image", "input_audio"):
+        path = Path(getattr(args, name))
+        path = path if path.exists() else beside_memo / path
+        if not path.is_file():
+            fail(f"no file {getattr(args, name)}: give --{name}")
+        setattr(args, name, path)
+    for tool in ("prepare_memo", *(["compare_memo"] if args.compare else [])):
+        try:
+            setattr(args, tool, importlib.import_module(f"{__package__}.{tool}" if __package__ else tool))
+        except ImportError as error:
+            fail(f"{tool}.py must lie beside this script, and Pillow be installed: {error}")
+    # threshold 0 comes first: it is what the others are measured against
+    args.thresholds = list(dict.fromkeys([0.0, *args.compare])) if args.compare else [args.rel_l1_thresh]
+    try:
+        args.config = args.prepare_memo.read_config(args.config)
+        args.prepare_memo.check_image(args.input_image)
+        for thresh in (args.rel_l1_thresh, *args.thresholds):
+            check_settings(args.config.inference_steps, thresh)
+    except ImportError as error:
+        fail(lacking(error))
+    except ValueError as error:  # BadInput is one
+        fail(error)
+    if not 0 <= args.seed < 2**63:
+        fail(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
+    name = f"{args.input_image.name.split('.')[0]}_{args.input_audio.name.split('.')[0]}"  # as memo names it
+    args.output = args.output_dir / f"{name}{'_compare' if args.compare else ''}.mp4"
+    if args.output.exists() and not args.overwrite:
+        fail(f"{args.output} exists and is left alone: give --overwrite or another --output_dir")
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        if args.output.is_dir() or not os.access(args.output_dir, os.W_OK | os.X_OK):
+            raise PermissionError("it must be a file in a folder that is writable")
+        free = shutil.disk_usage(args.output_dir).free
+        if free < 200e6:
+            raise OSError(f"only {free / 1e6:.0f} MB are free, 200 are needed for the sound and the video")
+    except OSError as error:
+        fail(f"cannot write {args.output}: {error}")
+    return args
+
+
+def lacking(error):
+    """What to do about an ImportError from memo."""
+    package = (error.name or "memo").split(".")[0]
+    if package == "memo":
+        return f"memo is not installed, or not whole ({error}): {INSTALL_MEMO}"
+    return f"memo needs {package}: pip install {package}, or all that it needs, {INSTALL_MEMO} ({error})"
+
+
+def main(argv=None):
+    args = parse(argv)
+    config, tool = args.config, args.prepare_memo
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.weight_dtype, torch.float32)  # as memo
+    xformers = config.enable_xformers_memory_efficient_attention
+    doing = "prepare the portrait and the voice"
+    try:
+        import_memo()
+        inputs = tool.prepare(args.input_image, args.input_audio, config, args.output_dir / "audio_preprocess")
+        doing = f"load {config.model_name_or_path} with the VAE {config.vae}: right folder, Hub in reach?"
+        pipeline, audio_proj = load_pipeline(config.model_name_or_path, config.vae, dtype=dtype, xformers=xformers)
+    except ImportError as error:
+        fail(lacking(error))
+    except Exception as error:
+        fail(error if isinstance(error, tool.BadInput) else f"could not {doing} ({type(error).__name__}: {error})")
+    run = functools.partial(generate, pipeline, audio_proj, inputs, config, args.seed)
+    try:
+        if args.compare:
+            args.compare_memo.compare(run, inputs, args, tool.write_video)
+            return
+        frames, figures = run(args.rel_l1_thresh)
+        frames = frames[: inputs.length]
+        tool.write_video(frames, args.output, config.fps, inputs.sound)
+    except OSError as error:
+        fail(f"cannot write {args.output}: {error}")
+    computed, steps, each = figures["computed"], figures["steps"], figures["seconds"] / len(frames)
+    print(f"saved {args.output}: {len(frames)} frames, {each:.2f} s a frame", end=", ")
+    print(f"{computed} / {steps} steps ({steps / computed:.2f}x fewer passes)")
+
+
+if __name__ == "__main__":
+    main()
