@@ -154,9 +154,10 @@ def write_video(frames, path, fps, sound):
 
     draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     until = ["-t", f"{(len(frames) + 0.5) / fps:.6f}"]  # all frames, and no sound beyond them
-    options = {"codec": "libx264", "quality": 8, "macro_block_size": 2, "output_params": until}
+    options = {"fps": fps, "codec": "libx264", "quality": 8, "macro_block_size": 2, "output_params": until}
+    options |= {"audio_path": str(sound), "audio_codec": "aac", "ffmpeg_log_level": "error"}
     try:
-        with imageio.get_writer(draft, fps=fps, audio_path=str(sound), audio_codec="aac", **options) as writer:
+        with imageio.get_writer(draft, **options) as writer:
             for frame in frames:
                 writer.append_data(frame)
         draft.replace(path)

@@ -34,6 +34,7 @@ from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
 
 import torch
+from diffusers.utils import logging
 
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.5x | 0.15: 2.0x | 0.25: 2.5x  (founding README, A800, not repeated here)
@@ -331,12 +332,14 @@ def forward_slot(model):
 
 
 def import_memo():
-    """memo's classes. xformers, which memo imports whether or not it is used, may be missing or fail to import."""
+    """memo's classes. xformers, which memo imports whether or not it can be used, need not be there."""
     stand_ins = {}
     try:
+        if not torch.cuda.is_available():
+            raise ImportError("xformers is of no use without CUDA")
         importlib.import_module("xformers.ops")
-    except Exception:
-        stand_ins = {name: ModuleType(name) for name in ("xformers", "xformers.ops")}
+    except Exception:  # not installed, or built for another torch
+        stand_ins = {name: ModuleType(name) for name in ("xformers", "xformers.ops") if name not in sys.modules}
         sys.modules.update(stand_ins)
     classes = {
         "models.attention_processor": "MemoryLinearAttnProcessor",
@@ -555,6 +558,7 @@ def main(argv=None):
     config, tool = args.config, args.prepare_memo
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.weight_dtype, torch.float32)  # as memo
     xformers = config.enable_xformers_memory_efficient_attention
+    logging.set_verbosity_error()  # diffusers warns of center_input_sample, which memo's classes do not register
     doing = "prepare the portrait and the voice"
     try:
         import_memo()
