@@ -40,7 +40,10 @@ class Panels:
         self.videos, self.scale = videos, max(1, -(-192 // width))  # small videos are enlarged, for the text to fit
         self.high, self.wide = height * self.scale, width * self.scale
         self.line = max(16, self.wide // 16)
-        page = (2 * math.ceil(len(videos) * (self.wide + self.line) / 2), 2 * math.ceil(self.high / 2 + 3.5 * self.line))
+        page = (
+            2 * math.ceil(len(videos) * (self.wide + self.line) / 2),
+            2 * math.ceil(self.high / 2 + 3.5 * self.line),
+        )
         empty = Image.new("RGB", page, "white")
         pen, font = ImageDraw.Draw(empty), ImageFont.load_default(size=0.85 * self.line)
         for i, entry in enumerate(entries):

@@ -236,14 +236,3 @@ def set_memory(model, memories):
     modules = [m for m in model.modules() if isinstance(m, memo.MemoryLinearAttention)]
     for module, content in zip(modules, memories, strict=True):
         module.processor.memory = copy.deepcopy(content)
-
-
-def equal(a, b):
-    """Bit for bit, through lists, tuples and dicts."""
-    if torch.is_tensor(a):
-        return a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b

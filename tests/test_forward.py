@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import (
-    BUNDLED,
+from conftest import BUNDLED, equal, tensors_in
+from diffusers import Lumina2Transformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from lumina_models import (
     CHANNELS,
     STOCK_FORWARD,
     Interrupted,
@@ -15,13 +17,9 @@ from conftest import (
     block_calls,
     conditioning,
     denoise,
-    equal,
     oracle_run,
-    tensors_in,
     tiny_model,
 )
-from diffusers import Lumina2Transformer2DModel
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from TeaCache4LuminaT2X.teacache_lumina2 import (
     COEFFICIENTS,

@@ -4,12 +4,12 @@ import inspect
 
 import pytest
 import torch
+from conftest import equal
 from memo_models import (
     LATENTS,
     STOCK_FORWARD,
     Clip,
     denoise,
-    equal,
     memo,
     memory,
     set_memory,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tensors_in
+from conftest import equal, tensors_in
 from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,7 +12,6 @@ from memo_models import (
     Interrupted,
     Oracle,
     denoise,
-    equal,
     memo,
     memory,
     oracle_run,

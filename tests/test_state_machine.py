@@ -1,9 +1,10 @@
 """Any mix of generations on one model: each is what a fresh process would give, bit for bit, and nothing stays."""
 
 import torch
-from conftest import Interrupted, conditioning, denoise, equal, oracle_run, tensors_in, tiny_model
+from conftest import equal, tensors_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lumina_models import Interrupted, conditioning, denoise, oracle_run, tiny_model
 
 from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache
 

@@ -30,7 +30,5 @@ def preprocess_audio(
     return torch.randn(length, 5, 2, 8, generator=torch.Generator().manual_seed(length)), length
 
 
-def extract_audio_emotion_labels(
-    model, wav_path, emotion2vec_model, audio_length, sample_rate=16000, device="cuda"
-):
+def extract_audio_emotion_labels(model, wav_path, emotion2vec_model, audio_length, sample_rate=16000, device="cuda"):
     return torch.full((audio_length,), 3, dtype=torch.int32), 9

@@ -1,0 +1,212 @@
+"""The double keeps memo's interface: names, signatures, structures, order of calls, memory. Needs the real memo."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MEMO_DOUBLE
+from memo_models import MOTION, REAL, SHAPE, Clip, package
+
+pytestmark = pytest.mark.skipif(not REAL, reason="the real memo is not here: pytest --memo PATH")
+
+MODULES = sorted(p.relative_to(MEMO_DOUBLE / "memo").as_posix() for p in (MEMO_DOUBLE / "memo").rglob("[a-z]*.py"))
+SIMPLER = {  # inside the blocks the double has parts of its own
+    "models/resnet.py": {"each_frame", "ResnetBlock3D.__init__"},
+    "models/unet_3d_blocks.py": {"flat", "Transformer3DModel", "AudioModule", "Layer", "__init__", "down", "up"},
+    "models/motion_module.py": {"MemoryLinearAttnTemporalModule.__init__"},
+    "models/unet_2d_condition.py": {"__init__"},
+    "pipelines/video_pipeline.py": set(),
+    "utils/vision_utils.py": set(),
+    "utils/audio_utils.py": set(),
+}
+
+
+def real_source(module):
+    return Path(package.__file__).parent.joinpath(module)
+
+
+def signatures(path):
+    """{"Class.method" or "function": its parameters with their defaults as text}, without importing the file."""
+    found = {}
+    for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+        inner = node.body if isinstance(node, ast.ClassDef) else [node]
+        for function in inner:
+            if isinstance(function, ast.FunctionDef):
+                a = function.args
+                names = [arg.arg for arg in a.posonlyargs + a.args + a.kwonlyargs]
+                names += [star.arg for star in (a.vararg, a.kwarg) if star]
+                defaults = [ast.unparse(d) for d in a.defaults + a.kw_defaults if d]
+                key = f"{node.name}.{function.name}" if node is not function else function.name
+                found[key] = names, defaults
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_signatures(module):
+    """Each function of the double's is memo's, with its parameters, their order and their defaults."""
+    if module.endswith("__init__.py"):
+        return
+    ours, theirs = signatures(MEMO_DOUBLE / "memo" / module), signatures(real_source(module))
+    simpler = SIMPLER.get(module, set())
+    for name, signature in ours.items():
+        if not {name, *name.split(".")} & simpler:
+            assert name in theirs, f"memo has no {name}"
+            assert signature == theirs[name], name
+    assert set(ours) & set(theirs), "nothing was compared"
+
+
+@pytest.fixture(scope="module")
+def double():
+    """The double under another name, beside the real memo."""
+    folder = MEMO_DOUBLE / "memo"
+    spec = importlib.util.spec_from_file_location(
+        "memo_double", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["memo_double"] = module
+    spec.loader.exec_module(module)
+    yield lambda name: importlib.import_module(f"memo_double.{name}")
+    for name in [name for name in sys.modules if name.split(".")[0] == "memo_double"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def unets(double):
+    """The same tiny model, real and double."""
+    config = {
+        **SHAPE,
+        "out_channels": 4,
+        "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+        "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+        "audio_attention_dim": 16,
+        "use_inflated_groupnorm": True,
+        "unet_use_cross_frame_attention": False,
+        "unet_use_temporal_attention": False,
+        "motion_module_kwargs": MOTION,
+    }
+    models = []
+    for load in (lambda name: importlib.import_module(f"memo.{name}"), double):
+        model = load("models.unet_3d").UNet3DConditionModel(**config).eval()
+        model.register_to_config(center_input_sample=False)
+        attention, processor = load("models.motion_module"), load("models.attention_processor")
+        memories = [m for m in model.modules() if isinstance(m, attention.MemoryLinearAttention)]
+        assert memories and not any(isinstance(m.processor, processor.MemoryLinearAttnProcessor) for m in memories)
+        for module in memories:
+            module.set_processor(processor.MemoryLinearAttnProcessor())
+        models.append((model, memories))
+    return models
+
+
+def test_attributes_of_the_unet(unets):
+    (real, _), (double, _) = unets
+    assert {name for name, _ in double.named_children()} == {name for name, _ in real.named_children()} - {
+        "class_embedding"
+    }
+    assert double.num_upsamplers == real.num_upsamplers and double.dtype == real.dtype
+    assert double.config.keys() - real.config.keys() == set() == real.config.keys() - double.config.keys()
+    assert double.class_embedding is None and real.class_embedding is None
+    for kind in ("down_blocks", "up_blocks"):
+        for a, b in zip(getattr(real, kind), getattr(double, kind), strict=True):
+            assert type(a).__name__ == type(b).__name__ and len(a.resnets) == len(b.resnets)
+            assert getattr(a, "has_cross_attention", None) == getattr(b, "has_cross_attention", None)
+    assert inspect.signature(type(real.mid_block).forward) == inspect.signature(type(double.mid_block).forward)
+
+
+def shape_of(thing):
+    """Structure with shapes in place of tensors."""
+    if torch.is_tensor(thing):
+        return tuple(thing.shape)
+    if isinstance(thing, dict):
+        return {key: shape_of(value) for key, value in thing.items()}
+    if isinstance(thing, (list, tuple)):
+        return type(thing).__name__, [shape_of(value) for value in thing]
+    return thing
+
+
+def record(model, clip, **kwargs):
+    """What each block, and each layer that stands alone, is given and gives, in order."""
+    calls, names = [], {model.mid_block: "mid"}
+    for kind in ("down_blocks", "up_blocks"):
+        names |= {block: f"{kind}[{i}]" for i, block in enumerate(getattr(model, kind))}
+    for name in ("conv_in", "conv_norm_out", "conv_act", "conv_out", "time_proj", "time_embedding"):
+        names[getattr(model, name)] = name
+
+    def hook(module, args, given, output):
+        calls.append((names[module], shape_of(args), shape_of(given), shape_of(output)))
+
+    hooks = [module.register_forward_hook(hook, with_kwargs=True) for module in names]
+    with torch.no_grad():
+        sample = torch.zeros(1 + clip.guided, *clip.shape[1:])
+        output = model(sample, timestep=500, **clip.inputs, **kwargs)
+    for handle in hooks:
+        handle.remove()
+    return calls, type(output).__name__, shape_of(output)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (5, 6)])
+@pytest.mark.parametrize("guided", [True, False])
+def test_calls_of_the_blocks(unets, size, guided):
+    """The same blocks in the same order, the same arguments by name, the same shapes in and out."""
+    clip = Clip(size=size, guided=guided)
+    (real, _), (double, _) = unets
+    for return_dict in (True, False):
+        assert record(double, clip, return_dict=return_dict) == record(real, clip, return_dict=return_dict)
+
+
+def test_memory(unets):
+    """When it is begun anew, when it grows and when it stays; its keys, its place and its size for each place."""
+    clips, states = [Clip(seed=0), Clip(seed=1)], []
+    for model, memories in unets:
+        told, before = [], None
+        for clip, first, writes in [(0, 1, 1), (0, 1, 0), (1, 0, 0), (1, 0, 1), (1, 1, 0)]:
+            with torch.no_grad():
+                sample = torch.zeros(2, *clips[clip].shape[1:])
+                news = {"is_new_audio": bool(first), "update_past_memory": bool(writes)}
+                model(sample, timestep=1, **clips[clip].inputs, **news)
+            now = [dict(m.processor.memory) for m in memories]
+            same = before and all(torch.equal(a[key], b[key]) for a, b in zip(before, now) for key in ("KV", "Z"))
+            assert {key for m in now for key in m} == {"KV", "Z"}
+            told.append((same, {shape_of(m["KV"])[1:] for m in now}, {shape_of(m["Z"])[1:] for m in now}))
+            before = now
+        for m in memories:
+            m.processor.reset_memory_state()
+        assert all(m.processor.memory == {"KV": None, "Z": None} for m in memories)
+        states.append(told)
+    assert states[0] == states[1]
+    assert [same for same, _, _ in states[0]] == [None, True, True, False, False]
+
+
+def test_reference_features_have_one_structure(double):
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    found = []
+    for module in (importlib.import_module("memo.models.unet_2d_condition"), double("models.unet_2d_condition")):
+        model = module.UNet2DConditionModel(**SHAPE, **blocks).eval()
+        model.register_to_config(center_input_sample=False)
+        with torch.no_grad():
+            face, pictures = torch.randn(2, 4, 16), torch.randn(6, 4, 5, 6)
+            found.append(shape_of(model(pictures, torch.tensor(0), encoder_hidden_states=face, return_dict=False)))
+    assert found[0] == found[1]
+
+
+def test_projections(double):
+    image = {"cross_attention_dim": 16, "clip_embeddings_dim": 512, "clip_extra_context_tokens": 4}
+    audio = {"seq_len": 5, "blocks": 2, "channels": 8, "intermediate_dim": 8, "output_dim": 16, "context_tokens": 4}
+    for name, kwargs, given in [
+        ("image_proj.ImageProjModel", image, torch.randn(1, 512)),
+        ("audio_proj.AudioProjModel", audio, torch.randn(1, 16, 5, 2, 8)),
+    ]:
+        module, name = name.split(".")
+        shapes = []
+        for load in (lambda m: importlib.import_module(f"memo.{m}"), double):
+            model = getattr(load(f"models.{module}"), name)(**kwargs)
+            assert not hasattr(model, "config"), "memo does not register the arguments"
+            shapes.append(shape_of(model(given)))
+        assert shapes[0] == shapes[1]
