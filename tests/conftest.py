@@ -13,6 +13,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "assets" / "lumina2-emoji"
 MEMO_DOUBLE = ROOT / "tests" / "memo_double"
+if importlib.util.find_spec("diffusers.pipelines.lumina2") is None:  # before 0.33, memo's pins: only MEMO's tests
+    collect_ignore = ["test_forward.py", "test_state_machine.py", "test_cli.py", "test_package.py"]
 
 
 def pytest_addoption(parser):

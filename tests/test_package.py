@@ -127,7 +127,7 @@ def test_what_the_founding_readme_documents():
 
 
 def test_links_in_readmes_lead_somewhere():
-    for folder in (".", "TeaCache4LuminaT2X", "assets/lumina2-emoji"):
+    for folder in (".", "TeaCache4LuminaT2X", "TeaCache4Memo", "assets/lumina2-emoji"):
         for link in re.findall(r"\]\((?!http|#)([^)]+)\)|src=\"(?!http)([^\"]+)\"", read(folder, "README.md")):
             target = (ROOT / folder / (link[0] or link[1]).split("#")[0]).resolve()
             assert target.exists(), f"{folder}/README.md: {target}"
