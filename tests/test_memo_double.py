@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -68,11 +69,14 @@ def double():
         "memo_double", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     module = importlib.util.module_from_spec(spec)
-    sys.modules["memo_double"] = module
-    spec.loader.exec_module(module)
-    yield lambda name: importlib.import_module(f"memo_double.{name}")
-    for name in [name for name in sys.modules if name.split(".")[0] == "memo_double"]:
-        del sys.modules[name]
+    with pytest.MonkeyPatch.context() as patch:  # as import_memo does, where xformers is not installed
+        patch.setitem(sys.modules, "xformers", sys.modules.get("xformers", ModuleType("xformers")))
+        patch.setitem(sys.modules, "xformers.ops", sys.modules.get("xformers.ops", ModuleType("xformers.ops")))
+        sys.modules["memo_double"] = module
+        spec.loader.exec_module(module)
+        yield lambda name: importlib.import_module(f"memo_double.{name}")
+        for name in [name for name in sys.modules if name.split(".")[0] == "memo_double"]:
+            del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
