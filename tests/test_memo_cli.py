@@ -171,11 +171,21 @@ def expected_frames(models, thresh, seed):
 
 @pytest.mark.parametrize("thresh", [0, 9])
 def test_frames_are_memos(here, models, monkeypatch, thresh):
-    """Clips chained as in memo's inference.py: the very frames."""
-    written = []
+    """Clips chained as in memo's inference.py: the very frames, from the very inputs."""
+    written, given, pipeline_call = [], [], memo.VideoPipeline.__call__
+
+    def call(self, **kwargs):
+        given.append({name: value for name, value in kwargs.items() if name != "generator"})
+        return pipeline_call(self, **kwargs)
+
+    monkeypatch.setattr(memo.VideoPipeline, "__call__", call)
     monkeypatch.setattr(prepare_memo, "write_video", lambda frames, *_: written.append(frames))
     run("--rel_l1_thresh", thresh, "--seed", 7)
     expected = expected_frames(models, thresh, 7)
+    assert len(given) == 4 and given[1]["ref_image"].shape == (1, 1 + 16, 3, 16, 16)
+    for found, wanted in zip(given[:2], given[2:]):
+        assert found.keys() == wanted.keys()
+        assert all(np.allclose(found[name], wanted[name], atol=1e-2) for name in found)
     assert np.abs(written[0].astype(int) - expected).max() <= 1, "saved weights are read into other memory"
     assert len({frame.tobytes() for frame in written[0]}) == 32
 
