@@ -4,10 +4,11 @@ The portrait and the voice go through memo's own functions, in the order of memo
 import.
 """
 
+import contextlib
 import logging
 import math
 import os
-import wave
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -78,21 +79,65 @@ def check_image(path):
         raise BadInput(f"{path} is not an image that can be read: {error}") from error
 
 
-def prepare(image, audio, config, cache):
+def check_output(path, overwrite):
+    """Makes the folder of an output. Raises BadInput or OSError where it cannot or must not be written."""
+    if path.is_dir() or path.exists() and not overwrite:
+        raise BadInput("it exists and is left alone, give --overwrite or another --output_dir")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise BadInput("its folder is not writable")
+    free = shutil.disk_usage(path.parent).free
+    if free < 200e6:
+        raise BadInput(f"only {free / 1e6:.0f} MB are free, and 200 needed")
+
+
+@contextlib.contextmanager
+def silenced():
+    """Nothing on stderr, not even from the ffmpeg that memo starts."""
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+def wav_seconds(path):
+    """Length of a wav file of any format; the standard library's `wave` knows but one."""
+    data = Path(path).read_bytes()
+    form, sound = data.index(b"fmt "), data.index(b"data")
+    each_second = int.from_bytes(data[form + 16 : form + 20], "little")  # bytes
+    return (len(data) - sound - 8) / each_second
+
+
+def prepare(image, audio, config, folder):
     """What `generate` takes of a portrait and a voice, and for the video: `sound`, a wav file, and `length`, frames.
 
-    Writes memo's intermediate sounds to the folder `cache`. Raises BadInput, and ImportError where memo's functions
-    cannot be imported.
+    Writes sounds into `folder`. Raises BadInput; ImportError where memo's functions, or imageio, cannot be imported.
     """
+    import imageio_ffmpeg
     from memo.utils.audio_utils import extract_audio_emotion_labels, preprocess_audio, resample_audio
     from memo.utils.vision_utils import preprocess_image
 
+    imageio_ffmpeg.get_ffmpeg_exe()  # needed at the end: fail now
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    logging.getLogger("memo").setLevel(logging.ERROR)  # that there is no face is said here
-    doing = f"get memo's models for faces and voices into {config.misc_model_dir}: is the Hub in reach?"
+    logger = logging.getLogger("memo")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # that there is no face is said here
+    doing = f"read {audio}: is it a sound file, and ffmpeg installed, which memo calls?"
     try:
+        with silenced():
+            sound = resample_audio(str(audio), str(folder / f"{audio.name.split('.')[0]}-16k.wav"))
+        seconds, clip = wav_seconds(sound), config.num_generated_frames_per_clip / config.fps
+        if seconds < clip:
+            raise BadInput(f"{audio} lasts {seconds:.2f} s, shorter than one clip of {clip:.2f} s: give a longer one")
+
+        doing = f"get memo's models for faces and voices into {config.misc_model_dir}: is the Hub in reach?"
         for name in MODELS:
-            if not Path(config.misc_model_dir, name).is_file():
+            path = Path(config.misc_model_dir, name)
+            if not path.is_file() or path.stat().st_size < 2**20:  # memo's measure of a broken download
                 from huggingface_hub import hf_hub_download
 
                 hf_hub_download(HUB, name, local_dir=config.misc_model_dir)
@@ -103,22 +148,13 @@ def prepare(image, audio, config, cache):
         if not face_emb.any():  # memo warns, and goes on with zeros
             raise BadInput(f"memo finds no face in {image}: give a portrait, seen from the front")
 
-        doing = f"read {audio}: is it a sound file, and ffmpeg installed, which memo calls?"
-        cache.mkdir(parents=True, exist_ok=True)
-        sound = resample_audio(str(audio), str(cache / f"{audio.name.split('.')[0]}-16k.wav"))
-        with wave.open(sound) as file:
-            seconds = file.getnframes() / file.getframerate()
-        clip = config.num_generated_frames_per_clip / config.fps
-        if seconds < clip:
-            raise BadInput(f"{audio} lasts {seconds:.2f} s, shorter than one clip of {clip:.2f} s: give a longer one")
-
         doing = f"analyse {audio}"
         audio_emb, length = preprocess_audio(
             wav_path=sound,
             fps=config.fps,
             wav2vec_model=config.wav2vec,
             vocal_separator_model=str(Path(config.misc_model_dir, MODELS[-1])),
-            cache_dir=str(cache),
+            cache_dir=str(folder),
             device=device,
             num_generated_frames_per_clip=config.num_generated_frames_per_clip,
         )
@@ -134,6 +170,8 @@ def prepare(image, audio, config, cache):
         raise
     except Exception as error:
         raise BadInput(f"could not {doing} ({type(error).__name__}: {error})") from error
+    finally:
+        logger.setLevel(level)
     return SimpleNamespace(
         pixel_values=pixel_values,
         face_emb=face_emb,
@@ -153,8 +191,7 @@ def write_video(frames, path, fps, sound):
     import imageio.v2 as imageio
 
     draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    until = ["-t", f"{(len(frames) + 0.5) / fps:.6f}"]  # all frames, and no sound beyond them
-    options = {"fps": fps, "codec": "libx264", "quality": 8, "macro_block_size": 2, "output_params": until}
+    options = {"fps": fps, "codec": "libx264", "quality": 8, "macro_block_size": 2}
     options |= {"audio_path": str(sound), "audio_codec": "aac", "ffmpeg_log_level": "error"}
     try:
         with imageio.get_writer(draft, **options) as writer:

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import MEMO_DOUBLE
-from memo_models import MOTION, REAL, SHAPE, Clip, package
+from memo_models import MOTION, REAL, SHAPE, Clip, package, tiny_pipeline
 
 pytestmark = pytest.mark.skipif(not REAL, reason="the real memo is not here: pytest --memo PATH")
 
@@ -214,3 +214,40 @@ def test_projections(double):
             assert not hasattr(model, "config"), "memo does not register the arguments"
             shapes.append(shape_of(model(given)))
         assert shapes[0] == shapes[1]
+
+
+def test_the_pipelines_call_the_network_alike(double):
+    """Names, shapes, types and flags of every call in a clip, with the same parts: first clip and a later one."""
+    parts = tiny_pipeline()[0].components
+    told = []
+    for module in (importlib.import_module("memo.pipelines.video_pipeline"), double("pipelines.video_pipeline")):
+        pipeline, calls = module.VideoPipeline(**parts), []
+        pipeline.set_progress_bar_config(disable=True)
+        unet_call = type(pipeline.diffusion_net).forward
+
+        def forward(self, *args, calls=calls, unet_call=unet_call, **kwargs):
+            given = inspect.signature(unet_call).bind(self, *args, **kwargs).arguments
+            calls.append({k: (shape_of(v), getattr(v, "dtype", None)) for k, v in given.items() if k != "self"})
+            calls[-1]["uc_mask"] = given["uc_mask"].tolist()
+            return unet_call(self, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(pipeline.diffusion_net), "forward", forward)
+            for first in (True, False):
+                pipeline(
+                    ref_image=torch.zeros(1, 3, 3, 16, 16),
+                    face_emb=torch.ones(1, 512),
+                    audio_tensor=torch.ones(1, 16, 4, 16),
+                    audio_emotion=torch.full((16,), 3, dtype=torch.int),
+                    emotion_class_num=9,
+                    width=16,
+                    height=16,
+                    video_length=16,
+                    num_inference_steps=3,
+                    guidance_scale=3.5,
+                    generator=torch.Generator().manual_seed(0),
+                    is_new_audio=first,
+                )
+        told.append(calls)
+    assert len(told[0]) == 6 and told[0] == told[1]
+    assert [call["update_past_memory"][0] for call in told[0]] == [True, False, False] * 2

@@ -112,6 +112,23 @@ def test_parity_size(model, size):
     same_as_stock(model, sample_of(clip), clip)
 
 
+@pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 12)])
+def test_parity_size_with_two_upsamplings(size):
+    """A side of 6 can be halved once, not twice."""
+    widths = {"block_out_channels": (32, 32, 32)}
+    names = "CrossAttnDownBlock", "CrossAttnDownBlock", "DownBlock"
+    blocks = {
+        f"{n}D": {
+            "down_block_types": tuple(f"{name}{n}D" for name in names),
+            "up_block_types": tuple(f"{name.replace('Down', 'Up')}{n}D" for name in reversed(names)),
+        }
+        for n in (2, 3)
+    }
+    model = tiny_unet(**widths, **blocks["3D"])
+    clip = Clip(size=size, reference=tiny_reference(**widths, **blocks["2D"]))
+    same_as_stock(model, sample_of(clip), clip)
+
+
 def test_parity_mask_cond_fea(model):
     clip = Clip()
     generator = torch.Generator().manual_seed(1)

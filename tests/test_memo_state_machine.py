@@ -133,6 +133,30 @@ def test_two_calls_a_step(model):
     assert tensors_in(model.teacache) == []
 
 
+DIFFER = {
+    "audio_emotion": [torch.tensor([3]), torch.tensor([5])],
+    "class_labels": [torch.tensor([1]), torch.tensor([4])],
+    "mask_cond_fea": [torch.zeros(1, 32, 2, 4, 4), torch.ones(1, 32, 2, 4, 4)],
+    "uc_mask": [torch.tensor([False, False]), torch.tensor([True, True])],
+}
+
+
+@pytest.mark.parametrize("name", DIFFER)
+def test_two_calls_a_step_that_differ_in_one_input(name):
+    """Guidance over an emotion, say: each of the two adds its own residual in a skipped step."""
+    model, clip, found = tiny_unet(num_class_embeds=5 if name == "class_labels" else None), Clip(guided=False), {}
+    inputs = [{**clip.inputs, name: value} for value in DIFFER[name]]
+    for thresh in (0, 9.0):
+        apply_teacache(model, STEPS, thresh)
+        with torch.no_grad():
+            for t in (1000.0, 900.0):
+                found[thresh, t] = [model(clip.noise, timestep=t, **given).sample for given in inputs]
+    assert model.teacache.schedule == [True, False]
+    assert equal(found[9.0, 1000.0], found[0, 1000.0]) and not equal(*found[0, 1000.0])
+    for skipped, computed in zip(found[9.0, 900.0], found[0, 1000.0]):
+        assert torch.allclose(skipped, computed, atol=1e-5), "the latents have not changed, so neither has this"
+
+
 # --- memory of past frames ----------------------------------------------------------------
 
 
@@ -263,7 +287,7 @@ def test_released_when_a_clip_is_done(model):
     for first in (True, False):
         held.clear()
         denoise(model, clip, first=first)
-        assert held[:-1] == [5] * (STEPS - 1) and held[-1] == 0
+        assert held[:-1] == [7] * (STEPS - 1) and held[-1] == 0  # 5 of conditioning
         assert tensors_in(model.teacache) == []
 
 
@@ -277,8 +301,8 @@ def test_switched_off_in_the_middle(model):
         model.enable_teacache = i != 3
 
     found = denoise(model, clip, before_step=switch)[0]
-    assert model.teacache.schedule[0], "begun anew after the step without"
-    assert not equal(found[2], expected[2])
+    assert model.teacache.schedule == [True, False, False, False], "begun anew after the step without"
+    assert equal(found[0], expected[0]) and not equal(found[2], expected[2])
 
 
 # --- the two ways to use it ---------------------------------------------------------------------

@@ -72,7 +72,7 @@ class VideoPipeline(DiffusionPipeline):
             if guided:
                 none = torch.full_like(audio_emotion, emotion_class_num)
                 audio_emotion = torch.stack([none, audio_emotion])
-                uc_mask = torch.tensor([1] * video_length + [0] * video_length).bool()
+                uc_mask = torch.tensor([1] * 16 + [0] * 16).bool()  # memo writes 16, whatever video_length
             velocity = self.diffusion_net(
                 torch.cat([latents] * (1 + guided)),
                 ref_features,

@@ -1,13 +1,12 @@
 import math
 import subprocess
-import wave
 
 import imageio_ffmpeg
 import torch
 
 
 def resample_audio(input_audio_file, output_audio_file, sample_rate=16000):
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "quiet", "-i", input_audio_file]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-i", input_audio_file]
     result = subprocess.run([*command, "-ar", str(sample_rate), output_audio_file])
     assert result.returncode == 0, f"Resample audio failed! Input: {input_audio_file}, Output: {output_audio_file}"
     return output_audio_file
@@ -24,8 +23,9 @@ def preprocess_audio(
     num_generated_frames_per_clip=-1,
 ):
     """(frames, window, blocks, channels), and the frames of the sound, filled up to whole clips."""
-    with wave.open(wav_path) as file:
-        length = math.ceil(file.getnframes() / sample_rate * fps)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", wav_path, "-ac", "1", "-f", "s16le", "-"]
+    samples = len(subprocess.run(command, capture_output=True, check=True).stdout) // 2
+    length = math.ceil(samples / sample_rate * fps)
     length = math.ceil(length / num_generated_frames_per_clip) * num_generated_frames_per_clip
     return torch.randn(length, 5, 2, 8, generator=torch.Generator().manual_seed(length)), length
 
