@@ -137,7 +137,7 @@ DIFFER = {
     "audio_emotion": [torch.tensor([3]), torch.tensor([5])],
     "class_labels": [torch.tensor([1]), torch.tensor([4])],
     "mask_cond_fea": [torch.zeros(1, 32, 2, 4, 4), torch.ones(1, 32, 2, 4, 4)],
-    "uc_mask": [torch.tensor([False, False]), torch.tensor([True, True])],
+    "uc_mask": [torch.tensor([True, False]), torch.tensor([True, True])],
 }
 
 
