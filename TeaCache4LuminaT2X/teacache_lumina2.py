@@ -53,6 +53,8 @@ BUNDLED_PROMPT = "smiling face with sunglasses"
 COEFFICIENTS_V1 = [393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344]
 COEFFICIENTS_V2 = [225.7042019806413, -608.8453716535591, 304.1869942338369, 124.21267720116742, -1.4089066892956552]
 COEFFICIENTS = COEFFICIENTS_V1
+PREDICT = "hold"  # a skipped step: "hold" adds the last residual again (original), "forecast" extrapolates the output
+DAMPING = 0.3  # of the forecast, see Branch.predict
 # ------------------------------------------------------------------------------
 
 
@@ -65,8 +67,8 @@ class Branch:
     def __init__(self, tensors, layout):
         self.tensors, self.layout = tensors, layout  # what it is known by
         self.step = -1  # the last step that called it
-        self.modulated = None  # indicator input of that step
-        self.residual = None  # output minus input of the blocks at the last computed step
+        self.signal = None  # what the indicator saw at that step
+        self.computed = []  # (time, tensor) of the last computed step, or two: what predict() continues
 
     def has(self, tensors):
         """These very tensors, or (where a caller casts anew at each call) equal ones."""
@@ -74,6 +76,21 @@ class Branch:
             a is b or ((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b))
             for a, b in zip(self.tensors, tensors)
         )
+
+    def remember(self, time, tensor, predict):
+        self.computed = [*(self.computed[-1:] if predict == "forecast" else []), (time, tensor)]
+
+    def predict(self, time):
+        """The last computed tensor, carried on along the line through the last two where two are kept.
+
+        The further it is carried, in units of the gap between the two, the less the line is trusted.
+        """
+        last_time, last = self.computed[-1]
+        if len(self.computed) == 1:
+            return last
+        time_before, before = self.computed[0]
+        gap = (time - last_time) / (last_time - time_before)
+        return last + (last - before) * (gap / (1 + DAMPING * gap))
 
 
 class TeaCacheState:
@@ -116,6 +133,20 @@ class TeaCacheState:
                 self.branches.append(branch)
         branch.step = self.step
         return branch
+
+    def skips(self, branch, signal, thresh, coefficients, force=False):
+        """Whether this call is skipped. The first call of a step decides for all of its branches.
+
+        signal: what the indicator sees, None where nothing may be skipped. force: this step is computed.
+        """
+        if self.compute is None:
+            compute = force or signal is None or branch.signal is None
+            if not compute:
+                self.accumulated += rescale(coefficients, relative_l1(signal, branch.signal))
+                compute = not self.accumulated < thresh  # a NaN computes
+            self.decide(compute)
+        branch.signal = signal
+        return not (self.compute or force) and bool(branch.computed)
 
     def decide(self, compute):
         self.compute = compute
@@ -172,7 +203,8 @@ def teacache_forward(
     """`Lumina2Transformer2DModel.forward` (diffusers 0.33 to 0.42) with TeaCache around `self.layers`.
 
     Settings are read from the instance or, the original TeaCache way, from its class: `enable_teacache` (True),
-    `num_steps` (30), `rel_l1_thresh` (0.3), `coefficients` (v1). State is on the instance, in `self.teacache`.
+    `num_steps` (30), `rel_l1_thresh` (0.3), `coefficients` (v1), `predict` ("hold"). State is on the instance, in
+    `self.teacache`.
 
     Args:
         hidden_states: (batch, channels, height, width), the noisy latents; both sides multiples of the patch size.
@@ -209,57 +241,52 @@ def teacache_forward(
     mask = mask if len(set(seq_lens)) > 1 else None  # without padding none is needed
 
     # TeaCache, the one departure from stock: skip the blocks, or run them and remember what they added
-    branch = None
+    branch, skip, predict = None, False, getattr(self, "predict", PREDICT)
     if getattr(self, "enable_teacache", True) and not torch.is_grad_enabled():
         state = vars(self).setdefault("teacache", TeaCacheState())
         thresh = getattr(self, "rel_l1_thresh", REL_L1_THRESH)
         num_steps = getattr(self, "num_steps", NUM_INFERENCE_STEPS)
         tensors, layout = (encoder_hidden_states, caption_mask), (latents.shape, latents.dtype, latents.device)
-        branch = state.enter(timestep.flatten()[0].item(), tensors, layout, num_steps)
+        progress = timestep.flatten()[0].item()
+        branch = state.enter(progress, tensors, layout, num_steps)
         caching = thresh > 0 and not state.last
         modulated = self.layers[0].norm1(joint, temb)[0] if caching else None
-        if state.compute is None:  # the first call of a step decides for all of its branches
-            compute = branch.modulated is None or not caching
-            if not compute:
-                change = relative_l1(modulated, branch.modulated)
-                state.accumulated += rescale(getattr(self, "coefficients", COEFFICIENTS), change)
-                compute = not state.accumulated < thresh  # a NaN computes
-            state.decide(compute)
-        branch.modulated = modulated
+        skip = state.skips(branch, modulated, thresh, getattr(self, "coefficients", COEFFICIENTS))
     else:
         vars(self).pop("teacache", None)  # what was cached would be too old for a later call
 
-    if branch is not None and not state.compute and branch.residual is not None:
-        hidden = joint + branch.residual
+    if skip and predict == "forecast":
+        output = branch.predict(progress)
     else:
-        hidden = joint
-        for layer in self.layers:
+        hidden = joint + branch.predict(progress) if skip else joint
+        for layer in () if skip else self.layers:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden = self._gradient_checkpointing_func(layer, hidden, mask, rotary, temb)
             else:
                 hidden = layer(hidden, mask, rotary, temb)
-        if branch is not None and caching:
-            branch.residual = hidden - joint
+        residual = hidden - joint if branch is not None and caching and not skip else None
 
-    # 4. Output projection, patches to latents
-    hidden = self.norm_out(hidden, temb)
-    p = self.config.patch_size
-    output = torch.stack(
-        [
-            hidden[i, caption_len:seq_len]
-            .view(height // p, width // p, p, p, self.out_channels)
-            .permute(4, 0, 2, 1, 3)  # (channels, rows, p, columns, p)
-            .reshape(self.out_channels, height, width)
-            for i, (caption_len, seq_len) in enumerate(zip(caption_lens, seq_lens))
-        ]
-    )
+        # 4. Output projection, patches to latents
+        hidden = self.norm_out(hidden, temb)
+        p = self.config.patch_size
+        output = torch.stack(
+            [
+                hidden[i, caption_len:seq_len]
+                .view(height // p, width // p, p, p, self.out_channels)
+                .permute(4, 0, 2, 1, 3)  # (channels, rows, p, columns, p)
+                .reshape(self.out_channels, height, width)
+                for i, (caption_len, seq_len) in enumerate(zip(caption_lens, seq_lens))
+            ]
+        )
+        if residual is not None:
+            branch.remember(progress, output if predict == "forecast" else residual, predict)
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
-SETTINGS = ("enable_teacache", "num_steps", "rel_l1_thresh", "coefficients")
+SETTINGS = ("enable_teacache", "num_steps", "rel_l1_thresh", "coefficients", "predict")
 
 
-def check_settings(num_steps, rel_l1_thresh, coefficients=COEFFICIENTS):
+def check_settings(num_steps, rel_l1_thresh, coefficients=COEFFICIENTS, predict=PREDICT):
     """ValueError with what to do, for settings that make no sense."""
     if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
         raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
@@ -267,9 +294,13 @@ def check_settings(num_steps, rel_l1_thresh, coefficients=COEFFICIENTS):
         raise ValueError(f"rel_l1_thresh must be a number of at least 0 (0: nothing is skipped), not {rel_l1_thresh}")
     if len(coefficients) == 0 or not all(map(math.isfinite, coefficients)):
         raise ValueError(f"coefficients must be finite numbers, highest power first, not {coefficients}")
+    if predict not in ("hold", "forecast"):
+        raise ValueError(f"predict must be hold or forecast, not {predict}")
 
 
-def apply_teacache(model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_THRESH, coefficients=None):
+def apply_teacache(
+    model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_THRESH, coefficients=None, predict=PREDICT
+):
     """Give this one model TeaCache; others are untouched. Applying it again changes the settings, and starts afresh.
 
     Args:
@@ -277,6 +308,7 @@ def apply_teacache(model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_TH
         num_steps: the pipeline's `num_inference_steps`, so that the last step is known.
         rel_l1_thresh: 0 skips nothing; more skips more.
         coefficients: of the rescaling polynomial, highest power first; None: `COEFFICIENTS`.
+        predict: "hold" adds the last residual again, as the original; "forecast" extrapolates the last two outputs.
 
     Raises ValueError for settings that make no sense, and for a model whose forward something else has replaced.
     Returns the model.
@@ -285,10 +317,10 @@ def apply_teacache(model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_TH
         what = "pipeline.transformer or pipeline.diffusion_net"
         raise ValueError(f"give the model itself, such as {what}, not a {type(model).__name__}")
     coefficients = list(COEFFICIENTS if coefficients is None else coefficients)
-    check_settings(num_steps, rel_l1_thresh, coefficients)
+    check_settings(num_steps, rel_l1_thresh, coefficients, predict)
     setattr(model, forward_slot(model), MethodType(teacache_forward, model))
     vars(model).pop("teacache", None)
-    for name, value in zip(SETTINGS, (True, int(num_steps), float(rel_l1_thresh), coefficients)):
+    for name, value in zip(SETTINGS, (True, int(num_steps), float(rel_l1_thresh), coefficients, predict)):
         setattr(model, name, value)
     return model
 
@@ -345,6 +377,7 @@ def parse(argv=None):
     add("--prompt", action="append", help="may be repeated: one picture each")
     add("--negative-prompt", default=NEGATIVE_PROMPT)
     add("--rel-l1-thresh", type=float, default=REL_L1_THRESH)
+    add("--predict", choices=["hold", "forecast"], default=PREDICT, help="what stands in for a skipped step")
     add("--num-inference-steps", type=int, default=NUM_INFERENCE_STEPS)
     add("--height", type=int, default=HEIGHT)
     add("--width", type=int, default=WIDTH)
@@ -448,7 +481,7 @@ def load_pipeline(args):
 def generate(pipeline, args, prompt, thresh, steps=None):
     """A PIL image and its figures: seconds, computed and all steps."""
     steps = steps or args.num_inference_steps
-    apply_teacache(pipeline.transformer, steps, thresh, args.coefficients)
+    apply_teacache(pipeline.transformer, steps, thresh, args.coefficients, args.predict)
     synchronize = getattr(torch, args.device).synchronize
     synchronize()
     began = time.perf_counter()

@@ -88,7 +88,7 @@ def compare(generate, inputs, args, write_video):
         print(f"| {e['rel_l1_thresh']:g} | {cost} | {e['computed']} / {e['steps']} | {e['psnr']:.2f} |")
     gpu = torch.cuda.is_available()
     machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores"
-    settings = {name: getattr(args, name) for name in ("input_image", "input_audio", "seed", "output")}
+    settings = {name: getattr(args, name) for name in ("input_image", "input_audio", "seed", "predict", "output")}
     versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
     runs = [{**e, "psnr": e["psnr"] if math.isfinite(e["psnr"]) else None} for e in entries]  # JSON knows no infinity
     print(json.dumps({**settings, "config": vars(args.config), **versions, "runs": runs}, default=str))  # str: paths

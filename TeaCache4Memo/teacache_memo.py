@@ -47,6 +47,8 @@ OUTPUT_DIR = "outputs"
 MODEL = "memoavatar/memo"  # for load_pipeline; the script takes model_name_or_path and vae from CONFIG
 VAE = "stabilityai/sd-vae-ft-mse"
 COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: identity, none was fitted for MEMO
+PREDICT = "hold"  # a skipped step: "hold" adds the last residual again (original), "forecast" extrapolates the output
+DAMPING = 0.3  # of the forecast, see Branch.predict
 INSTALL_MEMO = "git clone https://github.com/memoavatar/memo && pip install -e memo"
 # ------------------------------------------------------------------------------
 
@@ -60,8 +62,8 @@ class Branch:
     def __init__(self, tensors, layout):
         self.tensors, self.layout = tensors, layout  # what it is known by
         self.step = -1  # the last step that called it
-        self.modulated = None  # indicator input of that step
-        self.residual = None  # output minus input of the blocks at the last computed step
+        self.signal = None  # what the indicator saw at that step
+        self.computed = []  # (time, tensor) of the last computed step, or two: what predict() continues
 
     def has(self, tensors):
         """These very tensors, or (where a caller casts anew at each call) equal ones."""
@@ -69,6 +71,21 @@ class Branch:
             a is b or ((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b))
             for a, b in zip(self.tensors, tensors)
         )
+
+    def remember(self, time, tensor, predict):
+        self.computed = [*(self.computed[-1:] if predict == "forecast" else []), (time, tensor)]
+
+    def predict(self, time):
+        """The last computed tensor, carried on along the line through the last two where two are kept.
+
+        The further it is carried, in units of the gap between the two, the less the line is trusted.
+        """
+        last_time, last = self.computed[-1]
+        if len(self.computed) == 1:
+            return last
+        time_before, before = self.computed[0]
+        gap = (time - last_time) / (last_time - time_before)
+        return last + (last - before) * (gap / (1 + DAMPING * gap))
 
 
 class TeaCacheState:
@@ -111,6 +128,20 @@ class TeaCacheState:
                 self.branches.append(branch)
         branch.step = self.step
         return branch
+
+    def skips(self, branch, signal, thresh, coefficients, force=False):
+        """Whether this call is skipped. The first call of a step decides for all of its branches.
+
+        signal: what the indicator sees, None where nothing may be skipped. force: this step is computed.
+        """
+        if self.compute is None:
+            compute = force or signal is None or branch.signal is None
+            if not compute:
+                self.accumulated += rescale(coefficients, relative_l1(signal, branch.signal))
+                compute = not self.accumulated < thresh  # a NaN computes
+            self.decide(compute)
+        branch.signal = signal
+        return not (self.compute or force) and bool(branch.computed)
 
     def decide(self, compute):
         self.compute = compute
@@ -156,7 +187,8 @@ def teacache_forward(
     """`UNet3DConditionModel.forward` (memo, commit a5aee30) with TeaCache around the down, mid and up blocks.
 
     Settings are read from the instance or, the original TeaCache way, from its class: `enable_teacache` (True),
-    `num_steps` (20), `rel_l1_thresh` (0.15), `coefficients` (identity). State is on the instance, in `self.teacache`.
+    `num_steps` (20), `rel_l1_thresh` (0.15), `coefficients` (identity), `predict` ("hold"). State is on the instance,
+    in `self.teacache`.
 
     Args:
         sample: (batch, channels, frames, height, width), the noisy latents; batch 2 with guidance, unconditional first.
@@ -191,7 +223,7 @@ def teacache_forward(
         features = features + mask_cond_fea
 
     # TeaCache, the one departure from stock: skip the blocks, or run them and remember what they added
-    branch = None
+    branch, skip, predict = None, False, getattr(self, "predict", PREDICT)
     if getattr(self, "enable_teacache", True) and not torch.is_grad_enabled():
         state = vars(self).setdefault("teacache", TeaCacheState())
         thresh = getattr(self, "rel_l1_thresh", REL_L1_THRESH)
@@ -203,19 +235,13 @@ def teacache_forward(
         tensors = [tensor for tensor in conditioning if tensor is not None]
         branch = state.enter(progress, tensors, (sample.shape, sample.dtype, sample.device, given), num_steps)
         caching = thresh > 0 and not state.last
-        if state.compute is None:  # the first call of a step decides for all of its branches
-            compute = branch.modulated is None or update_past_memory or not caching
-            if not compute:
-                change = relative_l1(features, branch.modulated)
-                state.accumulated += rescale(getattr(self, "coefficients", COEFFICIENTS), change)
-                compute = not state.accumulated < thresh  # a NaN computes
-            state.decide(compute)
-        branch.modulated = features if caching else None
+        signal, coefficients = features if caching else None, getattr(self, "coefficients", COEFFICIENTS)
+        skip = state.skips(branch, signal, thresh, coefficients, force=update_past_memory)
     else:
         vars(self).pop("teacache", None)  # what was cached would be too old for a later call
 
-    if branch is not None and not state.compute and branch.residual is not None and not update_past_memory:
-        hidden = features + branch.residual
+    if skip:
+        hidden = features + branch.predict(progress) if predict == "hold" else None
     else:
         # 2. Timestep and class embedding, (batch, channels) or, for a list of timesteps, (batch, frames, channels)
         embedded = []
@@ -266,18 +292,20 @@ def teacache_forward(
             output = block(hidden_states=hidden, **given, **inputs(block, ref_features["up"][i]))
             hidden, audio_embedding = output if isinstance(output, tuple) else (output, audio_embedding)
 
-        if branch is not None and caching:
-            branch.residual = hidden - features
-
     # 4. Output convolution
-    output = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+    if skip and predict == "forecast":
+        output = branch.predict(progress)
+    else:
+        output = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
+        if branch is not None and caching and not skip:
+            branch.remember(progress, output if predict == "forecast" else hidden - features, predict)
     return UNet3DConditionOutput(sample=output) if return_dict else (output,)
 
 
-SETTINGS = ("enable_teacache", "num_steps", "rel_l1_thresh", "coefficients")
+SETTINGS = ("enable_teacache", "num_steps", "rel_l1_thresh", "coefficients", "predict")
 
 
-def check_settings(num_steps, rel_l1_thresh, coefficients=COEFFICIENTS):
+def check_settings(num_steps, rel_l1_thresh, coefficients=COEFFICIENTS, predict=PREDICT):
     """ValueError with what to do, for settings that make no sense."""
     if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
         raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
@@ -285,9 +313,13 @@ def check_settings(num_steps, rel_l1_thresh, coefficients=COEFFICIENTS):
         raise ValueError(f"rel_l1_thresh must be a number of at least 0 (0: nothing is skipped), not {rel_l1_thresh}")
     if len(coefficients) == 0 or not all(map(math.isfinite, coefficients)):
         raise ValueError(f"coefficients must be finite numbers, highest power first, not {coefficients}")
+    if predict not in ("hold", "forecast"):
+        raise ValueError(f"predict must be hold or forecast, not {predict}")
 
 
-def apply_teacache(model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_THRESH, coefficients=None):
+def apply_teacache(
+    model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_THRESH, coefficients=None, predict=PREDICT
+):
     """Give this one model TeaCache; others are untouched. Applying it again changes the settings, and starts afresh.
 
     Args:
@@ -295,6 +327,7 @@ def apply_teacache(model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_TH
         num_steps: the pipeline's `num_inference_steps`, so that the last step is known.
         rel_l1_thresh: 0 skips nothing; more skips more.
         coefficients: of the rescaling polynomial, highest power first; None: `COEFFICIENTS`.
+        predict: "hold" adds the last residual again, as the original; "forecast" extrapolates the last two outputs.
 
     Raises ValueError for settings that make no sense, and for a model whose forward something else has replaced.
     Returns the model.
@@ -303,10 +336,10 @@ def apply_teacache(model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_TH
         what = "pipeline.transformer or pipeline.diffusion_net"
         raise ValueError(f"give the model itself, such as {what}, not a {type(model).__name__}")
     coefficients = list(COEFFICIENTS if coefficients is None else coefficients)
-    check_settings(num_steps, rel_l1_thresh, coefficients)
+    check_settings(num_steps, rel_l1_thresh, coefficients, predict)
     setattr(model, forward_slot(model), MethodType(teacache_forward, model))
     vars(model).pop("teacache", None)
-    for name, value in zip(SETTINGS, (True, int(num_steps), float(rel_l1_thresh), coefficients)):
+    for name, value in zip(SETTINGS, (True, int(num_steps), float(rel_l1_thresh), coefficients, predict)):
         setattr(model, name, value)
     return model
 
@@ -419,14 +452,15 @@ def load_pipeline(model=MODEL, vae=VAE, device=None, dtype=torch.bfloat16, xform
     return pipeline.to(device=device, dtype=dtype), audio_proj
 
 
-def generate(pipeline, audio_proj, inputs, config, seed, thresh, steps=None, max_clips=None):
+def generate(pipeline, audio_proj, inputs, config, seed, predict, thresh, steps=None, max_clips=None):
     """The video, clip by clip, each beginning with the last frames of the one before.
 
     Args:
         inputs: `pixel_values` (1, 3, height, width) in [-1, 1] and `face_emb` (1, 512) of the portrait; `audio_emb`
             (frames, window, blocks, channels), `audio_emotion` (frames,) and `num_emotion_classes` of the voice.
         config: memo's configs/inference.yaml as a namespace.
-        seed, thresh: of the noise, drawn on the CPU; of TeaCache.
+        seed: of the noise, drawn on the CPU.
+        predict, thresh: of TeaCache.
         steps, max_clips: fewer than `config` and the voice ask for.
 
     Returns: frames (frames, height, width, 3), uint8; figures: seconds, steps computed, all steps.
@@ -434,7 +468,7 @@ def generate(pipeline, audio_proj, inputs, config, seed, thresh, steps=None, max
     from tqdm import tqdm
 
     steps = steps or config.inference_steps
-    apply_teacache(pipeline.diffusion_net, steps, thresh)
+    apply_teacache(pipeline.diffusion_net, steps, thresh, predict=predict)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     size = config.num_generated_frames_per_clip
@@ -492,6 +526,7 @@ def parse(argv=None):
     add("--output_dir", "--output-dir", type=Path, default=OUTPUT_DIR, help="<image>_<audio>.mp4 is written there")
     add("--seed", type=int, default=SEED)
     add("--rel_l1_thresh", "--rel-l1-thresh", type=float, default=REL_L1_THRESH)
+    add("--predict", choices=["hold", "forecast"], default=PREDICT, help="what stands in for a skipped step")
     add("--compare", type=float, nargs="+", metavar="T", help="one panel for each threshold, side by side")
     add("--overwrite", action="store_true", help="replace an output that exists")
     args = parser.parse_args(argv)
@@ -554,7 +589,7 @@ def main(argv=None):
             fail(f"memo, or a package that it needs, cannot be imported ({error}): {INSTALL_MEMO}")
         except Exception as error:
             fail(error if isinstance(error, tool.BadInput) else f"could not {doing} ({type(error).__name__}: {error})")
-        run = functools.partial(generate, pipeline, audio_proj, inputs, config, args.seed)
+        run = functools.partial(generate, pipeline, audio_proj, inputs, config, args.seed, args.predict)
         try:
             if args.compare:
                 args.compare_memo.compare(run, inputs, args, tool.write_video)

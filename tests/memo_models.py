@@ -175,8 +175,8 @@ def denoise(model, clip, steps=8, first=True, before_step=None, cast=False, time
 class Oracle:
     """TeaCache for MEMO written a second time, around the stock forward, for one clip from its first step."""
 
-    def __init__(self, model, thresh, num_steps, coefficients=(1.0, 0.0)):
-        self.model, self.thresh, self.num_steps = model, thresh, num_steps
+    def __init__(self, model, thresh, num_steps, coefficients=(1.0, 0.0), predict="hold"):
+        self.model, self.thresh, self.num_steps, self.predict, self.outputs = model, thresh, num_steps, predict, []
         self.poly, self.schedule, self.accumulated = np.poly1d(coefficients), [], 0.0
 
     def __call__(self, sample, *args, **kwargs):
@@ -191,6 +191,13 @@ class Oracle:
             compute = not self.accumulated < self.thresh
         self.before = x
         self.schedule.append(bool(compute))
+        if not compute and self.predict == "forecast":
+            (t1, last), t = self.outputs[-1], float(kwargs["timestep"])
+            if len(self.outputs) == 1:
+                return (last,)
+            t0, before = self.outputs[-2]
+            reach = (t1 - t) / (t0 - t1)
+            return (last + (last - before) * (reach / (1 + 0.3 * reach)),)
         if not compute:
             return (model.conv_out(model.conv_act(model.conv_norm_out(x + self.residual))),)
         self.accumulated, caught = 0.0, []
@@ -200,6 +207,9 @@ class Oracle:
         finally:
             hook.remove()
         self.residual = caught[0] - x
+        self.outputs.append(
+            (float(torch.as_tensor(kwargs["timestep"]).mean()), output[0]) if self.predict != "hold" else ()
+        )
         return output
 
 
@@ -208,9 +218,9 @@ def stock(model):
     return lambda *args, **kwargs: STOCK_FORWARD(model, *args, **kwargs)
 
 
-def oracle_run(model, clip, thresh, num_steps=8, coefficients=(1.0, 0.0), **kwargs):
+def oracle_run(model, clip, thresh, num_steps=8, coefficients=(1.0, 0.0), predict="hold", **kwargs):
     """Outputs, latents and schedule that TeaCache should give in a fresh process."""
-    oracle = Oracle(model, thresh, num_steps, coefficients)
+    oracle = Oracle(model, thresh, num_steps, coefficients, predict)
     return *denoise(oracle, clip, **kwargs), oracle.schedule
 
 

@@ -241,3 +241,15 @@ def test_generate_leaves_no_tensor(pipeline):
     assert tensors_in(pipeline.transformer.teacache) == []
     assert figures["steps"] == 8 and 2 <= figures["computed"] <= 8
     teacache_lumina2.remove_teacache(pipeline.transformer)
+
+
+def test_predict_reaches_the_pipeline(tmp_path, monkeypatch, capsys):
+    """--predict forecast: as many steps, another picture, and `hold` by default."""
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for predict in ("hold", "forecast"):
+        given = ["--model", str(BUNDLED), "--num-inference-steps", "6", "--rel-l1-thresh", "0.9", "--predict", predict]
+        teacache_lumina2.main([*given, "--output", f"{predict}.png"])
+        found[predict] = (tmp_path / f"{predict}.png").read_bytes()
+    teacache_lumina2.main([*given[:-2], "--output", "default.png"])
+    assert found["hold"] != found["forecast"] and (tmp_path / "default.png").read_bytes() == found["hold"]

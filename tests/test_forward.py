@@ -82,7 +82,7 @@ def test_threshold_0_never_skips_and_keeps_nothing(model, coefficients):
 
     def nothing_kept(step, name, count):
         branches = model.teacache.branches if count else []
-        assert all(b.modulated is None and b.residual is None for b in branches)
+        assert all(b.signal is None and not b.computed for b in branches)
 
     assert equal(denoise(model, PROMPT, NEGATIVE, before_call=nothing_kept)[0], stock)
     assert model.teacache.schedule == [True] * 8

@@ -217,7 +217,7 @@ def test_compare_warms_up(here, monkeypatch):
     calls, generate = [], teacache_memo.generate
 
     def recorded(*args, **kwargs):
-        calls.append((args[5], kwargs))
+        calls.append((args[6], kwargs))
         return generate(*args, **kwargs)
 
     monkeypatch.setattr(teacache_memo, "generate", recorded)
@@ -581,3 +581,11 @@ def test_help_names_memos_flags():
     ):
         assert flag in done.stdout
     assert done.returncode == 0
+
+
+def test_predict_reaches_the_network(here, monkeypatch):
+    given, apply = [], teacache_memo.apply_teacache
+    monkeypatch.setattr(teacache_memo, "apply_teacache", lambda *a, **k: given.append(k["predict"]) or apply(*a, **k))
+    run("--predict", "forecast", "--output_dir", "a")
+    run("--output_dir", "b")
+    assert given == ["forecast", "hold"]

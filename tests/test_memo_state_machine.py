@@ -21,7 +21,7 @@ from memo_models import (
     tiny_unet,
 )
 
-from TeaCache4Memo.teacache_memo import apply_teacache, remove_teacache, teacache_forward
+from TeaCache4Memo.teacache_memo import Branch, apply_teacache, remove_teacache, teacache_forward
 
 STEPS = 8
 
@@ -50,7 +50,8 @@ def stock_class():
 def check(model, clip, thresh, coefficients=(1.0, 0.0), num_steps=STEPS, **kwargs):
     """One clip with TeaCache as it stands, against a fresh oracle beginning with the same memory. Its schedule."""
     before = memory(model)
-    expected = oracle_run(model, clip, thresh, num_steps, coefficients, **kwargs)
+    predict = getattr(model, "predict", "hold")
+    expected = oracle_run(model, clip, thresh, num_steps, coefficients, predict, **kwargs)
     expected_memory = memory(model)
     set_memory(model, before)
     found = denoise(model, clip, **kwargs)
@@ -80,6 +81,34 @@ def test_schedule_and_outputs(model, guided):
 def test_polynomial(model, some, coefficients):
     apply_teacache(model, STEPS, some, coefficients)
     check(model, Clip(), some, coefficients)
+
+
+def test_forecast(model):
+    """The output is extrapolated from the last two computed ones; a skipped step runs conv_in only."""
+    length = path_length(model, Clip())
+    for share in (0, 0.1, 0.2, 0.35, 9):
+        apply_teacache(model, STEPS, share * length, predict="forecast")
+        schedule = check(model, Clip(), share * length)
+    calls = []
+    for name, module in model.named_modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    denoise(model, Clip(), before_step=lambda i: calls.append(i))
+    assert schedule == [True] + [False] * 6 + [True]
+    assert calls[calls.index(1) : calls.index(7)] == [x for i in range(1, 7) for x in (i, "conv_in")]
+
+
+def test_forecast_of_a_straight_line(model):
+    """Outputs that change evenly are met up to the damping; two are held, and none at the end."""
+    branch = Branch([], ())
+    for time in (-1000.0, -800.0):
+        branch.remember(time, torch.tensor([time]), "forecast")
+    assert branch.predict(-600.0).item() == pytest.approx(-800 + 200 / 1.3)
+    assert branch.predict(-400.0).item() == pytest.approx(-800 + 400 / 1.6)
+    branch.remember(-700.0, torch.tensor([-700.0]), "forecast")
+    assert len(branch.computed) == 2 and branch.predict(-650.0).item() == pytest.approx(-700 + 50 / 1.15)
+    branch.remember(-600.0, torch.tensor([-600.0]), "hold")
+    assert len(branch.computed) == 1 and branch.predict(-100.0).item() == -600
 
 
 def test_nan_computes(model):
@@ -287,7 +316,7 @@ def test_released_when_a_clip_is_done(model):
     for first in (True, False):
         held.clear()
         denoise(model, clip, first=first)
-        assert held[:-1] == [7] * (STEPS - 1) and held[-1] == 0  # 5 of conditioning
+        assert held == [6] + [7] * (STEPS - 2) + [0]  # 5 of conditioning; in the first step no residual yet
         assert tensors_in(model.teacache) == []
 
 
@@ -370,6 +399,7 @@ def test_remove_leaves_nothing(model, some):
         ({"rel_l1_thresh": -1}, "rel_l1_thresh"),
         ({"rel_l1_thresh": float("nan")}, "rel_l1_thresh"),
         ({"coefficients": []}, "coefficients"),
+        ({"predict": "guess"}, "hold or forecast"),
     ],
 )
 def test_senseless_settings(model, wrong, match):
@@ -437,6 +467,7 @@ EVENT = st.fixed_dictionaries(
         "cast": st.booleans(),
         "interrupt": st.none() | st.tuples(st.integers(0, 4), st.booleans()),
         "apply": st.booleans(),
+        "predict": st.sampled_from(["hold", "forecast"]),
     }
 )
 
@@ -450,9 +481,9 @@ def test_any_sequence_of_clips(events, some):
         clip, thresh, steps = CLIPS[event["clip"]], event["times"] * some, event["steps"]
         first = not (event["later"] and last is clip)  # the memory has the size of its clip
         if event["apply"]:
-            apply_teacache(model, steps, thresh)
+            apply_teacache(model, steps, thresh, predict=event["predict"])
         else:
-            model.num_steps, model.rel_l1_thresh = steps, thresh
+            model.num_steps, model.rel_l1_thresh, model.predict = steps, thresh, event["predict"]
         if event["interrupt"]:
             at, inside = event["interrupt"]
             interrupt(model, clip, at, inside, first=first)

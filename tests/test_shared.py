@@ -5,13 +5,14 @@ import ast
 from conftest import ROOT
 
 DIFFER = {"teacache_forward", "parse", "load_pipeline", "generate", "main"}  # each model's own
-ATTRIBUTES = {"SETTINGS"}  # module constants that are part of the shared code
+ATTRIBUTES = {"SETTINGS", "DAMPING"}  # module constants that are part of the shared code
 MUST_SHARE = {
     "Branch",
     "TeaCacheState",
     "relative_l1",
     "rescale",
     "SETTINGS",
+    "DAMPING",
     "check_settings",
     "apply_teacache",
     "remove_teacache",

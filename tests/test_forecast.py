@@ -1,0 +1,109 @@
+"""`predict="forecast"` for Lumina2: the output of a skipped step continues the last two computed ones."""
+
+import pytest
+import torch
+from conftest import equal, tensors_in
+from lumina_models import STOCK_FORWARD, conditioning, denoise, tiny_model
+
+from TeaCache4LuminaT2X.teacache_lumina2 import DAMPING, apply_teacache
+
+STEPS, IDENTITY = 8, [1.0, 0.0]
+PROMPT, NEGATIVE = conditioning([5], seed=1), conditioning([3], seed=2)
+
+
+class Oracle:
+    """TeaCache with a forecast, written a second time: it always runs the stock forward; step and branch are told."""
+
+    def __init__(self, model, thresh):
+        self.model, self.thresh, self.schedule, self.memory, self.accumulated = model, thresh, [], {}, 0.0
+
+    def at(self, step, name, count):
+        self.where = step, name
+
+    def __call__(self, hidden_states, timestep, **kwargs):
+        (step, name), caught = self.where, []
+        norm = self.model.layers[0].norm1
+        hook = norm.register_forward_hook(lambda module, inputs, output: caught.append(output[0]))
+        output = STOCK_FORWARD(self.model, hidden_states, timestep, **kwargs)[0]
+        hook.remove()
+        memory, t = self.memory.setdefault(name, {"outputs": []}), timestep[0].item()
+        if len(self.schedule) == step:
+            compute = step in (0, STEPS - 1) or self.thresh == 0
+            if not compute:
+                old = memory["modulated"]
+                change = (caught[0] - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)
+                self.accumulated += change.item()
+                compute = self.accumulated >= self.thresh
+            self.accumulated = 0.0 if compute else self.accumulated
+            self.schedule.append(compute)
+        memory["modulated"] = caught[0]
+        if not self.schedule[step]:
+            (t1, last), *earlier = memory["outputs"][::-1]
+            if not earlier:
+                return (last,)
+            t0, before = earlier[0]
+            reach = (t - t1) / (t1 - t0)
+            return (last + (last - before) * (reach / (1 + DAMPING * reach)),)
+        memory["outputs"].append((t, output))
+        return (output,)
+
+
+@pytest.mark.parametrize("negative", [None, NEGATIVE], ids=["unguided", "guided"])
+@pytest.mark.parametrize("thresh", [0.0, 0.05, 0.1, 0.2, 9.0])
+def test_outputs_and_schedule(thresh, negative):
+    model = tiny_model()
+    oracle = Oracle(model, thresh)
+    expected = denoise(oracle, PROMPT, negative, before_call=oracle.at, steps=STEPS)
+    apply_teacache(model, STEPS, thresh, IDENTITY, predict="forecast")
+    assert equal(denoise(model, PROMPT, negative, steps=STEPS), expected)
+    assert model.teacache.schedule == oracle.schedule
+    assert tensors_in(model.teacache) == []
+
+
+def test_thresholds_above_skip_some_and_compute_some():
+    counts = []
+    for thresh in (0.0, 0.05, 0.1, 0.2, 9.0):
+        model = tiny_model()
+        apply_teacache(model, STEPS, thresh, IDENTITY, predict="forecast")
+        denoise(model, PROMPT, NEGATIVE, steps=STEPS)
+        counts.append(sum(model.teacache.schedule))
+    assert counts[0] == STEPS and counts[-1] == 2 and any(2 < n < STEPS for n in counts)
+
+
+def test_forecast_and_hold_differ_only_in_skipped_steps():
+    """The same first gap: with one computed output there is no line yet, and both reuse what they have."""
+    found = {}
+    for predict in ("hold", "forecast"):
+        model = tiny_model()
+        apply_teacache(model, STEPS, 9.0, IDENTITY, predict=predict)
+        found[predict] = denoise(model, PROMPT, steps=STEPS)[0]
+    assert equal(found["hold"][0], found["forecast"][0]) and not equal(found["hold"][1], found["forecast"][1])
+    assert all(equal(output, found["forecast"][0]) for output in found["forecast"][:-1]), "the last output again"
+
+
+def test_a_skipped_step_runs_no_block_and_no_output_projection():
+    model, calls = tiny_model(), []
+    for name in ("layers", "norm_out"):
+        module = getattr(model, name)
+        (module[0] if name == "layers" else module).register_forward_hook(lambda *_, name=name: calls.append(name))
+    apply_teacache(model, STEPS, 9.0, predict="forecast", coefficients=IDENTITY)
+    denoise(model, PROMPT, steps=STEPS)
+    assert calls == ["layers", "norm_out"] * 2
+
+
+def test_at_most_two_outputs_are_held():
+    model, held = tiny_model(), []
+    apply_teacache(model, STEPS, 1e-6, IDENTITY, predict="forecast")
+
+    def look(step, name, count):
+        state = vars(model).get("teacache")
+        held.append(max((len(b.computed) for b in state.branches), default=0) if state else 0)
+
+    denoise(model, PROMPT, NEGATIVE, before_call=look, steps=STEPS)
+    assert max(held) == 2 and sum(model.teacache.schedule) == STEPS
+
+
+@pytest.mark.parametrize("wrong", ["guess", None, 2])
+def test_other_words_are_refused(wrong):
+    with pytest.raises(ValueError, match="hold or forecast"):
+        apply_teacache(tiny_model(), predict=wrong)
