@@ -246,7 +246,8 @@ def teacache_forward(
         state = vars(self).setdefault("teacache", TeaCacheState())
         thresh = getattr(self, "rel_l1_thresh", REL_L1_THRESH)
         num_steps = getattr(self, "num_steps", NUM_INFERENCE_STEPS)
-        tensors, layout = (encoder_hidden_states, caption_mask), (latents.shape, latents.dtype, latents.device)
+        tensors = (encoder_hidden_states, caption_mask)
+        layout = (latents.shape, latents.dtype, latents.device, predict)
         progress = timestep.flatten()[0].item()
         branch = state.enter(progress, tensors, layout, num_steps)
         caching = thresh > 0 and not state.last
@@ -256,7 +257,7 @@ def teacache_forward(
         vars(self).pop("teacache", None)  # what was cached would be too old for a later call
 
     if skip and predict == "forecast":
-        output = branch.predict(progress)
+        output = branch.predict(progress).clone()  # the caller may write into it
     else:
         hidden = joint + branch.predict(progress) if skip else joint
         for layer in () if skip else self.layers:
@@ -279,7 +280,7 @@ def teacache_forward(
             ]
         )
         if residual is not None:
-            branch.remember(progress, output if predict == "forecast" else residual, predict)
+            branch.remember(progress, output.clone() if predict == "forecast" else residual, predict)
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 

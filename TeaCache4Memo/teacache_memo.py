@@ -233,7 +233,8 @@ def teacache_forward(
         conditioning += [attention_mask, uc_mask, ref_features["mid"][0][0][0]]  # the last: one object for the clip
         given = [tensor is not None for tensor in conditioning]
         tensors = [tensor for tensor in conditioning if tensor is not None]
-        branch = state.enter(progress, tensors, (sample.shape, sample.dtype, sample.device, given), num_steps)
+        layout = (sample.shape, sample.dtype, sample.device, given, predict)
+        branch = state.enter(progress, tensors, layout, num_steps)
         caching = thresh > 0 and not state.last
         signal, coefficients = features if caching else None, getattr(self, "coefficients", COEFFICIENTS)
         skip = state.skips(branch, signal, thresh, coefficients, force=update_past_memory)
@@ -294,11 +295,11 @@ def teacache_forward(
 
     # 4. Output convolution
     if skip and predict == "forecast":
-        output = branch.predict(progress)
+        output = branch.predict(progress).clone()  # the caller may write into it
     else:
         output = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
         if branch is not None and caching and not skip:
-            branch.remember(progress, output if predict == "forecast" else hidden - features, predict)
+            branch.remember(progress, output.clone() if predict == "forecast" else hidden - features, predict)
     return UNet3DConditionOutput(sample=output) if return_dict else (output,)
 
 

@@ -107,3 +107,33 @@ def test_at_most_two_outputs_are_held():
 def test_other_words_are_refused(wrong):
     with pytest.raises(ValueError, match="hold or forecast"):
         apply_teacache(tiny_model(), predict=wrong)
+
+
+def test_the_caller_may_write_into_the_output():
+    """What is remembered is not what was returned."""
+    found = []
+    for spoil in (False, True):
+        model = tiny_model()
+        forward = apply_teacache(model, STEPS, 9.0, IDENTITY, predict="forecast").forward
+        outputs = []
+
+        def call(*args, forward=forward, outputs=outputs, spoil=spoil, **kwargs):
+            output = forward(*args, **kwargs)[0]
+            outputs.append(output.clone())
+            return (output.mul_(0) + outputs[-1] if spoil else output,)
+
+        denoise(call, PROMPT, steps=STEPS)
+        found.append(outputs)
+    assert equal(*found)
+
+
+def test_changed_in_the_middle():
+    """Residuals and outputs are never taken for each other: the generation begins anew."""
+    model = tiny_model()
+    apply_teacache(model, STEPS, 9.0, IDENTITY)
+
+    def switch(step, name, count):
+        model.predict = "forecast" if step >= 3 else "hold"
+
+    outputs, _ = denoise(model, PROMPT, NEGATIVE, before_call=switch, steps=STEPS)
+    assert model.teacache.schedule == [True] + [False] * 4 and all(o.shape == outputs[0].shape for o in outputs)
