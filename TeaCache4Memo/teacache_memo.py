@@ -241,9 +241,9 @@ def teacache_forward(
     else:
         vars(self).pop("teacache", None)  # what was cached would be too old for a later call
 
-    if skip:
-        hidden = features + branch.predict(progress) if predict == "hold" else None
-    else:
+    if skip and predict == "hold":
+        hidden = features + branch.predict(progress)
+    elif not skip:
         # 2. Timestep and class embedding, (batch, channels) or, for a list of timesteps, (batch, frames, channels)
         embedded = []
         for t in timesteps:
