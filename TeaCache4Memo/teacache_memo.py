@@ -266,9 +266,8 @@ def teacache_forward(
         common |= {"is_new_audio": is_new_audio, "update_past_memory": update_past_memory}
 
         def inputs(block, ref_feature_list):
-            audio = (
-                {"audio_embedding": audio_embedding, **hears} if getattr(block, "has_cross_attention", False) else {}
-            )
+            crosses = getattr(block, "has_cross_attention", False)
+            audio = {"audio_embedding": audio_embedding, **hears} if crosses else {}
             return {"ref_feature_list": ref_feature_list, **common, **audio}
 
         hidden, skips = features, (features,)
@@ -277,7 +276,7 @@ def teacache_forward(
             audio_embedding = audio[0] if audio else audio_embedding
             skips += outputs
         if down_block_additional_residuals is not None:
-            skips = tuple(skip + more for skip, more in zip(skips, down_block_additional_residuals))
+            skips = tuple(a + b for a, b in zip(skips, down_block_additional_residuals))
 
         hidden, audio_embedding = self.mid_block(hidden, **inputs(self.mid_block, ref_features["mid"][0]))
         if mid_block_additional_residual is not None:
@@ -289,8 +288,8 @@ def teacache_forward(
             skips, taken = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
             if not divisible and i < len(self.up_blocks) - 1:
                 size = skips[-1].shape[2:]
-            given = {"res_hidden_states_tuple": taken, "upsample_size": size}
-            output = block(hidden_states=hidden, **given, **inputs(block, ref_features["up"][i]))
+            up = {"res_hidden_states_tuple": taken, "upsample_size": size, **inputs(block, ref_features["up"][i])}
+            output = block(hidden_states=hidden, **up)
             hidden, audio_embedding = output if isinstance(output, tuple) else (output, audio_embedding)
 
     # 4. Output convolution
