@@ -78,7 +78,9 @@ class Branch:
         )
 
     def remember(self, time, tensor, predict):
-        self.computed = [*(self.computed[-1:] if predict == "forecast" else []), (time, tensor)]
+        """Keep the output (forecast: and the one before it) or residual (hold) of a computed step."""
+        before = [(t, x) for t, x in self.computed if t < time and predict == "forecast"]  # a step may be called again
+        self.computed = [*before[-1:], (time, tensor)]
 
     def predict(self, time):
         """The last computed tensor, carried on along the line through the last two where two are kept.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import equal, tensors_in
-from lumina_models import STOCK_FORWARD, conditioning, denoise, tiny_model
+from lumina_models import STOCK_FORWARD, Interrupted, conditioning, denoise, tiny_model
 
 from TeaCache4LuminaT2X.teacache_lumina2 import DAMPING, apply_teacache
 
@@ -137,3 +137,19 @@ def test_changed_in_the_middle():
 
     outputs, _ = denoise(model, PROMPT, NEGATIVE, before_call=switch, steps=STEPS)
     assert model.teacache.schedule == [True] + [False] * 4 and all(o.shape == outputs[0].shape for o in outputs)
+
+
+@pytest.mark.parametrize("at", range(2 * STEPS))
+def test_after_an_interruption_as_fresh(at):
+    """Before each call of the pipeline; the next picture may begin at the timestep at which the last one stopped."""
+    model = tiny_model()
+    apply_teacache(model, STEPS, 0.1, IDENTITY, predict="forecast")
+    expected = denoise(model, PROMPT, NEGATIVE, steps=STEPS)
+
+    def stop(step, name, count):
+        if count == at:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        denoise(model, PROMPT, NEGATIVE, before_call=stop, steps=STEPS)
+    assert equal(denoise(model, PROMPT, NEGATIVE, steps=STEPS), expected)

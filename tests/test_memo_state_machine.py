@@ -98,6 +98,28 @@ def test_forecast(model):
     assert calls[calls.index(1) : calls.index(7)] == [x for i in range(1, 7) for x in (i, "conv_in")]
 
 
+@pytest.mark.parametrize("at", range(STEPS))
+def test_forecast_after_an_interruption(model, at):
+    """Also where the next clip begins at the very timestep at which the last one stopped."""
+    for share in (0.35, 9):
+        thresh = share * path_length(model, Clip())
+        apply_teacache(model, STEPS, thresh, predict="forecast")
+        interrupt(model, Clip(), at, inside=False)
+        check(model, Clip(), thresh)
+
+
+def test_a_step_called_twice(model):
+    """As a scheduler of second order does: the later output of the two counts, and there is no line within a step."""
+    apply_teacache(model, STEPS, 9.0, predict="forecast")
+    clip, outputs = Clip(guided=False), []
+    with torch.no_grad():
+        for i, t in enumerate((1000.0, 1000.0, 800.0)):
+            noise = clip.noise * (1 + i)
+            outputs.append(model(noise, timestep=t, **clip.inputs, update_past_memory=i == 0).sample)
+    assert model.teacache.schedule == [True, False] and not equal(outputs[0], outputs[1])
+    assert equal(outputs[2], outputs[1])
+
+
 def test_forecast_of_a_straight_line(model):
     """Outputs that change evenly are met up to the damping; two are held, and none at the end."""
     branch = Branch([], ())
