@@ -104,7 +104,10 @@ def compare(generate, args, save):
         print(f"| {shorten(e['prompt'], 60)} | {cost} | {e['psnr']:.2f} | {e['ssim']:.4f} |")
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     names = "model transformer negative_prompt seed num_inference_steps height width guidance_scale cfg_trunc_ratio"
-    settings = {name: getattr(args, name) for name in (*names.split(), "dtype", "coefficients", "predict")}
+    settings = {
+        name: getattr(args, name)
+        for name in (*names.split(), "dtype", "coefficients", "domain", "indicator", "predict")
+    }
     versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
     runs = [{**e, "psnr": e["psnr"] if math.isfinite(e["psnr"]) else None} for e in entries]  # JSON knows no infinity
     print(json.dumps({**settings, **versions, "output": args.output, "runs": runs}, default=str))  # str: paths, dtype

@@ -2,18 +2,20 @@
 
 Between two denoising steps the input of the transformer's blocks, modulated by the timestep, changes a little,
 and their output changes in proportion. TeaCache adds up the relative L1 change of that input, rescaled by a
-polynomial; while the sum stays below `REL_L1_THRESH`, the blocks are skipped and the residual that they added
-at the last computed step is added again. First and last step are always computed.
+polynomial; while the sum stays below `REL_L1_THRESH`, the blocks are skipped. First and last step are always
+computed. The original then adds the residual of the last computed step again; here, the output goes on along the
+line through the last two computed ones (`PREDICT`), which costs nothing and comes closer to the original picture.
 
 Paper: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, arXiv 2411.19108.
 
     python teacache_lumina2.py                              # one picture; edit the constants below
+    python teacache_lumina2.py --speedup 2                  # half of the steps, whatever the model
     python teacache_lumina2.py --compare 0 0.1 0.2 0.3      # a strip of them (needs compare_lumina2.py beside it)
 
 In your own code (nothing happens at import):
 
     from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache, remove_teacache
-    apply_teacache(pipeline.transformer, num_steps=30, rel_l1_thresh=0.3)
+    apply_teacache(pipeline.transformer, num_steps=30, speedup=2.0)  # or rel_l1_thresh=0.3
     image = pipeline("a red apple", num_inference_steps=30).images[0]
 """
 
@@ -52,9 +54,19 @@ BUNDLED_PROMPT = "smiling face with sunglasses"
 # v1 was fitted for Lumina-Next, v2 found for Lumina-Image-2.0 by a search on LPIPS.
 COEFFICIENTS_V1 = [393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344]
 COEFFICIENTS_V2 = [225.7042019806413, -608.8453716535591, 304.1869942338369, 124.21267720116742, -1.4089066892956552]
-COEFFICIENTS = COEFFICIENTS_V1
-PREDICT = "hold"  # a skipped step: "hold" adds the last residual again (original), "forecast" extrapolates the output
-DAMPING = 0.3  # of the forecast, see Branch.predict
+COEFFICIENTS, DOMAIN = COEFFICIENTS_V1, None  # domain: lowest and highest change that they hold for; None: all
+# For the timestep embedding, fitted for Lumina-Image-2.0 (welltop-cn/ComfyUI-TeaCache), to be used from 20 % on.
+COEFFICIENTS_COMFYUI = [-874.643948, 466.059906, -75.1559762, 5.32836175, -0.0327258296]
+COEFFICIENTS_TIMESTEP, DOMAIN_TIMESTEP = COEFFICIENTS_COMFYUI, None
+RETAINED = 0.2  # share of the steps, from the first, that the timestep indicator computes always
+INDICATOR = "modulated"  # what is watched: input of the blocks as modulated by the timestep (original), or "timestep"
+INDICATORS = {
+    "modulated": (REL_L1_THRESH, COEFFICIENTS, DOMAIN),
+    "timestep": (0.38, COEFFICIENTS_TIMESTEP, DOMAIN_TIMESTEP),
+}
+SPEEDUP = None  # a number, 2.0 say, instead of the threshold: half of the steps are computed, no more and no fewer
+PREDICT = "forecast"  # a skipped step: extrapolates the last two outputs; "hold": adds the last residual (original)
+DAMPING = 0.5  # of the forecast, see Branch.predict
 # ------------------------------------------------------------------------------
 
 
@@ -108,6 +120,7 @@ class TeaCacheState:
 
     def reset(self):
         self.step, self.time, self.last = -1, -math.inf, False
+        self.times = []  # of all steps so far
         self.compute = None  # the decision for this step, for all its branches; None: not yet made
         self.accumulated = 0.0  # rescaled relative L1 change since the last computed step
         self.schedule = []  # the decisions of this generation: True for a step that is computed
@@ -125,6 +138,7 @@ class TeaCacheState:
             if time < self.time or not goes_on:
                 self.reset()
             self.step, self.time, self.compute = self.step + 1, time, None
+            self.times.append(time)
         self.last = self.step >= num_steps - 1
         if self.last:
             self.branches = []
@@ -136,16 +150,19 @@ class TeaCacheState:
         branch.step = self.step
         return branch
 
-    def skips(self, branch, signal, thresh, coefficients, force=False):
+    def skips(self, branch, signal, thresh, coefficients, domain, force=False, due=None):
         """Whether this call is skipped. The first call of a step decides for all of its branches.
 
-        signal: what the indicator sees, None where nothing may be skipped. force: this step is computed.
+        signal: what the indicator sees, compared with the last step's. force: this step is computed, whatever it sees.
+        due: the decision, where it was made without looking (see `due`).
         """
         if self.compute is None:
-            compute = force or signal is None or branch.signal is None
-            if not compute:
-                self.accumulated += rescale(coefficients, relative_l1(signal, branch.signal))
-                compute = not self.accumulated < thresh  # a NaN computes
+            compute = force or not branch.computed or due
+            if compute is None:
+                compute = signal is None or branch.signal is None
+                if not compute:
+                    self.accumulated += rescale(coefficients, relative_l1(signal, branch.signal), domain)
+                    compute = not self.accumulated < thresh  # a NaN computes
             self.decide(compute)
         branch.signal = signal
         return not (self.compute or force) and bool(branch.computed)
@@ -162,12 +179,40 @@ def relative_l1(new, old):
     return ((new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
 
 
-def rescale(coefficients, x):
-    """The polynomial at x, highest power first, in float64 (as numpy.polyval)."""
+def rescale(coefficients, x, domain=None):
+    """The polynomial at x, highest power first, in float64 (as numpy.polyval); beyond its domain, at the nearer end."""
+    x = min(max(x, domain[0]), domain[1]) if domain else x
     y = 0.0
     for c in coefficients:
         y = y * x + c
     return y
+
+
+def count(num_steps, speedup):
+    """How many of `num_steps` are computed at this speedup: at least the first and the last."""
+    return max(round(num_steps / speedup), min(num_steps, 2))
+
+
+def due(times, schedule, num_steps, wanted, end):
+    """Whether the step at times[-1] is computed, so that `wanted` of `num_steps` are, first and last among them.
+
+    times: of the steps so far, this one included; schedule: the decisions before it; end: the time of the picture.
+    What is left of the way from noise to picture, measured half in steps and half in time, is divided by the steps
+    that may still be computed: even in steps alone is too sparse where the scheduler takes large steps in time, even
+    in time alone skips too many in a row where it takes small ones. Needs no knowledge of the steps to come.
+    """
+
+    def place(step):  # 0 at the first step, 1 at the picture
+        return (step / num_steps + (times[step] - times[0]) / ((end - times[0]) or 1.0)) / 2
+
+    step = len(times) - 1
+    to_compute, to_come = wanted - sum(schedule), num_steps - step  # of those to come, this one among them
+    if step == 0 or to_compute <= 1 or to_come <= to_compute:
+        return step == 0 or to_come <= max(to_compute, 1)
+    pace = place(step) - place(step - 1)
+    since = place(max(i for i, computed in enumerate(schedule) if computed))
+    next_one = since + (1 - pace - since) / to_compute  # 1 - pace: about where the last step will be
+    return place(step) + pace / 2 >= next_one
 
 
 # --- the forward ----------------------------------------------------------------
@@ -192,6 +237,19 @@ def lora_scaled(forward):
     return wrapper
 
 
+def embed_time(model, timestep, latents):
+    """The timestep embedding alone, (batch, width of it): stock computes it together with the caption's."""
+    embedder = model.time_caption_embed
+    return embedder.timestep_embedder(embedder.time_proj(timestep).type_as(latents))
+
+
+def patchify(latents, p):
+    """(batch, channels, height, width) to (batch, patches, p * p * channels): stock does it with the frequencies."""
+    batch, channels, height, width = latents.shape
+    grid = latents.view(batch, channels, height // p, p, width // p, p)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, p * p * channels)
+
+
 @lora_scaled
 def teacache_forward(
     self,
@@ -202,11 +260,16 @@ def teacache_forward(
     attention_kwargs=None,
     return_dict=True,
 ):
-    """`Lumina2Transformer2DModel.forward` (diffusers 0.33 to 0.42) with TeaCache around `self.layers`.
+    """`Lumina2Transformer2DModel.forward` (diffusers 0.33 to 0.42) with TeaCache.
 
     Settings are read from the instance or, the original TeaCache way, from its class: `enable_teacache` (True),
-    `num_steps` (30), `rel_l1_thresh` (0.3), `coefficients` (v1), `predict` ("hold"). State is on the instance, in
+    `num_steps` (30), `rel_l1_thresh` and `coefficients` (the indicator's: 0.3 and v1), and those of `apply_teacache`:
+    `domain` (None), `predict` ("forecast"), `indicator` ("modulated"), `speedup` (None). State is on the instance, in
     `self.teacache`.
+
+    A skipped step runs what the decision needs and what stands in for the blocks: with "modulated" all up to the
+    blocks; with "timestep" the timestep embedding; with a speedup nothing. With "hold", it also runs `x_embedder` (or
+    all up to the blocks, with "modulated"), the timestep embedding and `norm_out`.
 
     Args:
         hidden_states: (batch, channels, height, width), the noisy latents; both sides multiples of the patch size.
@@ -222,74 +285,111 @@ def teacache_forward(
     batch_size, _, height, width = hidden_states.shape
     latents, caption, caption_mask = hidden_states, encoder_hidden_states, encoder_attention_mask
 
-    # 1. Timestep and caption embedding, rotary frequencies, patches
-    temb, caption = self.time_caption_embed(latents, timestep, caption)
-    patches, caption_rotary, patch_rotary, rotary, caption_lens, seq_lens = self.rope_embedder(latents, caption_mask)
-    patches = self.x_embedder(patches)  # (batch, patches, width of the model)
-
-    # 2. Refiners
-    for layer in self.context_refiner:
-        caption = layer(caption, caption_mask, caption_rotary)
-    for layer in self.noise_refiner:
-        patches = layer(patches, None, patch_rotary, temb)
-
-    # 3. Joint sequence: caption, picture, padding up to the longest of the batch
-    joint = patches.new_zeros(batch_size, max(seq_lens), self.config.hidden_size)
-    mask = patches.new_zeros(batch_size, max(seq_lens), dtype=torch.bool)
-    for i, (caption_len, seq_len) in enumerate(zip(caption_lens, seq_lens)):
-        joint[i, :caption_len] = caption[i, :caption_len]
-        joint[i, caption_len:seq_len] = patches[i]
-        mask[i, :seq_len] = True
-    mask = mask if len(set(seq_lens)) > 1 else None  # without padding none is needed
-
-    # TeaCache, the one departure from stock: skip the blocks, or run them and remember what they added
-    branch, skip, predict = None, False, getattr(self, "predict", PREDICT)
+    # TeaCache, the one departure from stock: skip the blocks, or run them and remember what came of it.
+    # Where the time alone decides, that is known here, and neither refiners nor caption are needed.
+    branch, skip, early, predict = None, False, False, getattr(self, "predict", PREDICT)
     if getattr(self, "enable_teacache", True) and not torch.is_grad_enabled():
         state = vars(self).setdefault("teacache", TeaCacheState())
-        thresh = getattr(self, "rel_l1_thresh", REL_L1_THRESH)
+        indicator, speedup = getattr(self, "indicator", INDICATOR), getattr(self, "speedup", SPEEDUP)
+        early = indicator == "timestep" or speedup is not None
+        default_thresh, *default_rescaling = INDICATORS[indicator]
+        thresh, rescaling = getattr(self, "rel_l1_thresh", default_thresh), default_rescaling
+        if hasattr(self, "coefficients"):
+            rescaling = self.coefficients, getattr(self, "domain", None)
         num_steps = getattr(self, "num_steps", NUM_INFERENCE_STEPS)
         tensors = (encoder_hidden_states, caption_mask)
-        layout = (latents.shape, latents.dtype, latents.device, predict)
+        layout = (latents.shape, latents.dtype, latents.device, predict, early)
         progress = timestep.flatten()[0].item()
         branch = state.enter(progress, tensors, layout, num_steps)
-        caching = thresh > 0 and not state.last
-        modulated = self.layers[0].norm1(joint, temb)[0] if caching else None
-        skip = state.skips(branch, modulated, thresh, getattr(self, "coefficients", COEFFICIENTS))
+        caching = (thresh > 0 or speedup is not None) and not state.last
+        if speedup is not None:
+            decision = due(state.times, state.schedule[: state.step], num_steps, count(num_steps, speedup), end=1.0)
+            skip = state.skips(branch, None, thresh, *rescaling, due=decision)
+        elif early:
+            signal = embed_time(self, timestep, latents) if caching else None
+            skip = state.skips(branch, signal, thresh, *rescaling, force=state.step < RETAINED * num_steps)
     else:
         vars(self).pop("teacache", None)  # what was cached would be too old for a later call
 
-    if skip and predict == "forecast":
-        output = branch.predict(progress).clone()  # the caller may write into it
-    else:
-        hidden = joint + branch.predict(progress) if skip else joint
+    if skip and predict == "hold":
+        patches = self.x_embedder(patchify(latents, self.config.patch_size))
+        temb, hidden = embed_time(self, timestep, latents), patches + branch.predict(progress)
+        spans = [(0, hidden.shape[1])] * batch_size
+    elif not skip:
+        # 1. Timestep and caption embedding, rotary frequencies, patches
+        temb, caption = self.time_caption_embed(latents, timestep, caption)
+        patches, caption_rotary, patch_rotary, rotary, caption_lens, seq_lens = self.rope_embedder(
+            latents, caption_mask
+        )
+        patches = embedded = self.x_embedder(patches)  # (batch, patches, width of the model)
+
+        # 2. Refiners
+        for layer in self.context_refiner:
+            caption = layer(caption, caption_mask, caption_rotary)
+        for layer in self.noise_refiner:
+            patches = layer(patches, None, patch_rotary, temb)
+
+        # 3. Joint sequence: caption, picture, padding up to the longest of the batch
+        joint = patches.new_zeros(batch_size, max(seq_lens), self.config.hidden_size)
+        mask = patches.new_zeros(batch_size, max(seq_lens), dtype=torch.bool)
+        spans = list(zip(caption_lens, seq_lens))  # where the pictures lie
+        for i, (start, end) in enumerate(spans):
+            joint[i, :start] = caption[i, :start]
+            joint[i, start:end] = patches[i]
+            mask[i, :end] = True
+        mask = mask if len(set(seq_lens)) > 1 else None  # without padding none is needed
+
+        # 4. Blocks
+        if branch is not None and not early:
+            modulated = self.layers[0].norm1(joint, temb)[0] if caching else None
+            skip = state.skips(branch, modulated, thresh, *rescaling)
+        hidden = joint + branch.predict(progress) if skip and predict == "hold" else joint
         for layer in () if skip else self.layers:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden = self._gradient_checkpointing_func(layer, hidden, mask, rotary, temb)
             else:
                 hidden = layer(hidden, mask, rotary, temb)
-        residual = hidden - joint if branch is not None and caching and not skip else None
 
-        # 4. Output projection, patches to latents
-        hidden = self.norm_out(hidden, temb)
-        p = self.config.patch_size
+    if skip and predict == "forecast":
+        output = branch.predict(progress).clone()  # the caller may write into it
+    else:
+        # 5. Output projection, patches to latents
+        p, projected = self.config.patch_size, self.norm_out(hidden, temb)
         output = torch.stack(
             [
-                hidden[i, caption_len:seq_len]
+                projected[i, start:end]
                 .view(height // p, width // p, p, p, self.out_channels)
                 .permute(4, 0, 2, 1, 3)  # (channels, rows, p, columns, p)
                 .reshape(self.out_channels, height, width)
-                for i, (caption_len, seq_len) in enumerate(zip(caption_lens, seq_lens))
+                for i, (start, end) in enumerate(spans)
             ]
         )
-        if residual is not None:
-            branch.remember(progress, output.clone() if predict == "forecast" else residual, predict)
+        if branch is not None and caching and not skip:
+            if predict == "forecast":
+                made = output.clone()
+            elif early:
+                made = torch.stack([hidden[i, start:end] for i, (start, end) in enumerate(spans)]) - embedded
+            else:
+                made = hidden - joint
+            branch.remember(progress, made, predict)
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
-SETTINGS = ("enable_teacache", "num_steps", "rel_l1_thresh", "coefficients", "predict")
+SETTINGS = (
+    "enable_teacache",
+    "num_steps",
+    "rel_l1_thresh",
+    "coefficients",
+    "domain",
+    "predict",
+    "indicator",
+    "speedup",
+)
 
 
-def check_settings(num_steps, rel_l1_thresh, coefficients=COEFFICIENTS, predict=PREDICT):
+def check_settings(
+    num_steps, rel_l1_thresh, coefficients=(1.0, 0.0), domain=None, predict=PREDICT, indicator=INDICATOR, speedup=None
+):
     """ValueError with what to do, for settings that make no sense."""
     if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
         raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
@@ -297,21 +397,43 @@ def check_settings(num_steps, rel_l1_thresh, coefficients=COEFFICIENTS, predict=
         raise ValueError(f"rel_l1_thresh must be a number of at least 0 (0: nothing is skipped), not {rel_l1_thresh}")
     if len(coefficients) == 0 or not all(map(math.isfinite, coefficients)):
         raise ValueError(f"coefficients must be finite numbers, highest power first, not {coefficients}")
+    if domain is not None and not (len(domain) == 2 and -math.inf < domain[0] <= domain[1] < math.inf):
+        raise ValueError(f"domain must be None or two numbers, the lower first, not {domain}")
     if predict not in ("hold", "forecast"):
         raise ValueError(f"predict must be hold or forecast, not {predict}")
+    if indicator not in INDICATORS:
+        raise ValueError(f"indicator must be {' or '.join(INDICATORS)}, not {indicator}")
+    most = max(num_steps / 2, 1)
+    if speedup is not None and not 1 <= speedup <= most:
+        raise ValueError(
+            f"speedup must lie between 1 and {most:g} for {num_steps} steps, as the first and the last "
+            f"are always computed, not {speedup:g}"
+        )
 
 
 def apply_teacache(
-    model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_THRESH, coefficients=None, predict=PREDICT
+    model,
+    num_steps=NUM_INFERENCE_STEPS,
+    rel_l1_thresh=None,
+    coefficients=None,
+    predict=PREDICT,
+    *,
+    indicator=INDICATOR,
+    domain=None,
+    speedup=None,
 ):
     """Give this one model TeaCache; others are untouched. Applying it again changes the settings, and starts afresh.
 
     Args:
         model: the pipeline's model, before or after accelerate's offloading was enabled.
         num_steps: the pipeline's `num_inference_steps`, so that the last step is known.
-        rel_l1_thresh: 0 skips nothing; more skips more.
-        coefficients: of the rescaling polynomial, highest power first; None: `COEFFICIENTS`.
+        rel_l1_thresh: 0 skips nothing; more skips more. None: the indicator's, in `INDICATORS`.
+        coefficients: of the rescaling polynomial, highest power first; None: the indicator's, in `INDICATORS`.
         predict: "hold" adds the last residual again, as the original; "forecast" extrapolates the last two outputs.
+        indicator: what is watched from step to step, a name in `INDICATORS`.
+        domain: (lowest, highest) relative change that `coefficients` were fitted to; None: they hold everywhere.
+        speedup: instead of a threshold: `num_steps / speedup` steps are computed, rounded. It watches nothing.
+            None: `SPEEDUP`, where no threshold is given either.
 
     Raises ValueError for settings that make no sense, and for a model whose forward something else has replaced.
     Returns the model.
@@ -319,11 +441,18 @@ def apply_teacache(
     if not isinstance(model, torch.nn.Module):
         what = "pipeline.transformer or pipeline.diffusion_net"
         raise ValueError(f"give the model itself, such as {what}, not a {type(model).__name__}")
-    coefficients = list(COEFFICIENTS if coefficients is None else coefficients)
-    check_settings(num_steps, rel_l1_thresh, coefficients, predict)
+    if speedup is not None and rel_l1_thresh is not None:
+        raise ValueError("give rel_l1_thresh or speedup, not both")
+    speedup = SPEEDUP if speedup is None and rel_l1_thresh is None else speedup
+    default_thresh, default_coefficients, default_domain = INDICATORS.get(indicator, (0, [0], None))
+    rel_l1_thresh = default_thresh if rel_l1_thresh is None else rel_l1_thresh
+    domain = default_domain if coefficients is None and domain is None else domain
+    coefficients = list(default_coefficients if coefficients is None else coefficients)
+    check_settings(num_steps, rel_l1_thresh, coefficients, domain, predict, indicator, speedup)
     setattr(model, forward_slot(model), MethodType(teacache_forward, model))
     vars(model).pop("teacache", None)
-    for name, value in zip(SETTINGS, (True, int(num_steps), float(rel_l1_thresh), coefficients, predict)):
+    settings = True, int(num_steps), float(rel_l1_thresh), coefficients, domain, predict, indicator, speedup
+    for name, value in zip(SETTINGS, settings):
         setattr(model, name, value)
     return model
 
@@ -379,7 +508,9 @@ def parse(argv=None):
     add("--transformer", type=Path, metavar="FILE", help="single-file checkpoint of the transformer, e.g. Neta Lumina")
     add("--prompt", action="append", help="may be repeated: one picture each")
     add("--negative-prompt", default=NEGATIVE_PROMPT)
-    add("--rel-l1-thresh", type=float, default=REL_L1_THRESH)
+    add("--rel-l1-thresh", type=float, help="default: the indicator's, in INDICATORS")
+    add("--speedup", type=float, help="instead of a threshold: 2 computes exactly half of the steps")
+    add("--indicator", choices=list(INDICATORS), default=INDICATOR, help="what the threshold is held against")
     add("--predict", choices=["hold", "forecast"], default=PREDICT, help="what stands in for a skipped step")
     add("--num-inference-steps", type=int, default=NUM_INFERENCE_STEPS)
     add("--height", type=int, default=HEIGHT)
@@ -400,13 +531,22 @@ def parse(argv=None):
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     bundled = Path(args.model).resolve() == BUNDLED_MODEL
     args.prompt = args.prompt or [BUNDLED_PROMPT if bundled else PROMPT]
-    args.coefficients = COEFFICIENTS
+    if args.speedup is not None and (args.compare or args.rel_l1_thresh is not None):
+        fail("give --speedup or thresholds, not both")
+    if args.rel_l1_thresh is None and not args.compare:
+        args.speedup = SPEEDUP if args.speedup is None else args.speedup
     args.output = args.output or Path(f"teacache_lumina2_{'compare' if args.compare else 'output'}.png")
     # threshold 0 comes first: it is what the others are measured against
     args.thresholds = list(dict.fromkeys([0.0, *args.compare])) if args.compare else [args.rel_l1_thresh]
+    folder = Path(args.model)
+    args.coefficients = args.domain = args.fitted = None
     try:
+        if args.speedup is None and args.thresholds != [0.0]:
+            path = args.transformer.with_suffix(".teacache.json") if args.transformer else folder / "teacache.json"
+            args.coefficients, args.domain, args.fitted = coefficients_of(path, args.indicator, args.predict)
         for thresh in (args.rel_l1_thresh, *args.thresholds):
-            check_settings(args.num_inference_steps, thresh)
+            thresh = INDICATORS[args.indicator][0] if thresh is None else thresh
+            check_settings(args.num_inference_steps, thresh, speedup=args.speedup)
     except ValueError as error:
         fail(error)
     for name in ("height", "width"):
@@ -421,7 +561,6 @@ def parse(argv=None):
         fail(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
     if args.offload != "none" and args.device == "cpu":
         fail(f"--offload {args.offload} moves weights to a GPU when they are needed, and there is none: leave it out")
-    folder = Path(args.model)
     on_hub = args.model == MODEL or re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) and not folder.parent.is_dir()
     if not folder.is_dir() and not on_hub:
         fail(f"no model folder {args.model}: give a folder saved by diffusers, or a Hub name such as {MODEL}")
@@ -449,6 +588,30 @@ def parse(argv=None):
     if by_hardware and args.device != "cuda":
         print(f"No CUDA GPU for torch: drawing with the bundled emoji model. For the real one: --model {MODEL}")
     return args
+
+
+def coefficients_of(path, indicator, predict):
+    """Coefficients, domain and where they are from: a file that calibrate_lumina2.py wrote, else this script's.
+
+    Coefficients that were edited in this script go before it. ValueError for a file that cannot be used.
+    """
+    _, coefficients, domain = INDICATORS[indicator]
+    if coefficients not in (COEFFICIENTS_V1, COEFFICIENTS_COMFYUI):
+        return coefficients, domain, "as edited in this script"
+    if not path.is_file():
+        return (
+            coefficients,
+            domain,
+            f"{'v1' if coefficients == COEFFICIENTS_V1 else 'of ComfyUI-TeaCache'}, not fitted to it",
+        )
+    try:
+        fit = json.loads(path.read_text(encoding="utf-8"))[predict][indicator]
+        coefficients, domain = [[float(x) for x in fit[key]] for key in ("coefficients", "domain")]
+        check_settings(1, 0, coefficients, domain)
+        return coefficients, domain, f"{path}, fitted to it"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"{path} holds no coefficients for {indicator} and {predict}"
+        raise ValueError(f"{what}: calibrate anew, or move it away ({error!r})") from None
 
 
 def load_pipeline(args):
@@ -484,7 +647,8 @@ def load_pipeline(args):
 def generate(pipeline, args, prompt, thresh, steps=None):
     """A PIL image and its figures: seconds, computed and all steps."""
     steps = steps or args.num_inference_steps
-    apply_teacache(pipeline.transformer, steps, thresh, args.coefficients, args.predict)
+    settings = {name: getattr(args, name) for name in ("coefficients", "predict", "indicator", "domain", "speedup")}
+    apply_teacache(pipeline.transformer, steps, thresh, **settings)
     synchronize = getattr(torch, args.device).synchronize
     synchronize()
     began = time.perf_counter()
@@ -500,12 +664,21 @@ def generate(pipeline, args, prompt, thresh, steps=None):
     ).images[0]
     synchronize()
     schedule = pipeline.transformer.teacache.schedule
-    return image, {"seconds": time.perf_counter() - began, "computed": sum(schedule), "steps": len(schedule)}
+    figures = {"seconds": time.perf_counter() - began, "computed": sum(schedule), "steps": len(schedule)}
+    return image, figures | {"schedule": [i for i, computed in enumerate(schedule) if computed]}
+
+
+def explain(speedup, computed):
+    """What a speedup chose: how much of the way may pass without a computed step, and the steps that were computed."""
+    threshold, computed = 1 / max(len(computed) - 1, 1), " ".join(map(str, computed))
+    return f"speedup {speedup:g}: threshold about {threshold:.3f} of the way; computed: {computed}"
 
 
 def main(argv=None):
     args = parse(argv)
     pipeline = load_pipeline(args)
+    if args.fitted:
+        print(f"Coefficients for {args.indicator}: {args.fitted}")
     if args.compare:
         args.tool.compare(functools.partial(generate, pipeline, args), args, save)
         return
@@ -513,6 +686,8 @@ def main(argv=None):
         image, figures = generate(pipeline, args, prompt, args.rel_l1_thresh)
         save(image, path)
         computed, steps = figures["computed"], figures["steps"]
+        if args.speedup is not None:
+            print(explain(args.speedup, figures["schedule"]))
         print(f"saved {path}: {figures['seconds']:.2f} s, {computed} / {steps} steps ({steps / computed:.2f}x fewer)")
 
 

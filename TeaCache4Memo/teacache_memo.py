@@ -47,8 +47,11 @@ OUTPUT_DIR = "outputs"
 MODEL = "memoavatar/memo"  # for load_pipeline; the script takes model_name_or_path and vae from CONFIG
 VAE = "stabilityai/sd-vae-ft-mse"
 COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: identity, none was fitted for MEMO
+INDICATOR = "features"  # of the input convolution
+INDICATORS = {"features": (REL_L1_THRESH, COEFFICIENTS, None)}  # threshold, coefficients, domain
+SPEEDUP = None  # a number, 2.0 say, instead of the threshold: half of the steps are computed, no more and no fewer
 PREDICT = "hold"  # a skipped step: "hold" adds the last residual again (original), "forecast" extrapolates the output
-DAMPING = 0.3  # of the forecast, see Branch.predict
+DAMPING = 0.5  # of the forecast, see Branch.predict
 INSTALL_MEMO = "git clone https://github.com/memoavatar/memo && pip install -e memo"
 # ------------------------------------------------------------------------------
 
@@ -103,6 +106,7 @@ class TeaCacheState:
 
     def reset(self):
         self.step, self.time, self.last = -1, -math.inf, False
+        self.times = []  # of all steps so far
         self.compute = None  # the decision for this step, for all its branches; None: not yet made
         self.accumulated = 0.0  # rescaled relative L1 change since the last computed step
         self.schedule = []  # the decisions of this generation: True for a step that is computed
@@ -120,6 +124,7 @@ class TeaCacheState:
             if time < self.time or not goes_on:
                 self.reset()
             self.step, self.time, self.compute = self.step + 1, time, None
+            self.times.append(time)
         self.last = self.step >= num_steps - 1
         if self.last:
             self.branches = []
@@ -131,16 +136,19 @@ class TeaCacheState:
         branch.step = self.step
         return branch
 
-    def skips(self, branch, signal, thresh, coefficients, force=False):
+    def skips(self, branch, signal, thresh, coefficients, domain, force=False, due=None):
         """Whether this call is skipped. The first call of a step decides for all of its branches.
 
-        signal: what the indicator sees, None where nothing may be skipped. force: this step is computed.
+        signal: what the indicator sees, compared with the last step's. force: this step is computed, whatever it sees.
+        due: the decision, where it was made without looking (see `due`).
         """
         if self.compute is None:
-            compute = force or signal is None or branch.signal is None
-            if not compute:
-                self.accumulated += rescale(coefficients, relative_l1(signal, branch.signal))
-                compute = not self.accumulated < thresh  # a NaN computes
+            compute = force or not branch.computed or due
+            if compute is None:
+                compute = signal is None or branch.signal is None
+                if not compute:
+                    self.accumulated += rescale(coefficients, relative_l1(signal, branch.signal), domain)
+                    compute = not self.accumulated < thresh  # a NaN computes
             self.decide(compute)
         branch.signal = signal
         return not (self.compute or force) and bool(branch.computed)
@@ -157,12 +165,40 @@ def relative_l1(new, old):
     return ((new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
 
 
-def rescale(coefficients, x):
-    """The polynomial at x, highest power first, in float64 (as numpy.polyval)."""
+def rescale(coefficients, x, domain=None):
+    """The polynomial at x, highest power first, in float64 (as numpy.polyval); beyond its domain, at the nearer end."""
+    x = min(max(x, domain[0]), domain[1]) if domain else x
     y = 0.0
     for c in coefficients:
         y = y * x + c
     return y
+
+
+def count(num_steps, speedup):
+    """How many of `num_steps` are computed at this speedup: at least the first and the last."""
+    return max(round(num_steps / speedup), min(num_steps, 2))
+
+
+def due(times, schedule, num_steps, wanted, end):
+    """Whether the step at times[-1] is computed, so that `wanted` of `num_steps` are, first and last among them.
+
+    times: of the steps so far, this one included; schedule: the decisions before it; end: the time of the picture.
+    What is left of the way from noise to picture, measured half in steps and half in time, is divided by the steps
+    that may still be computed: even in steps alone is too sparse where the scheduler takes large steps in time, even
+    in time alone skips too many in a row where it takes small ones. Needs no knowledge of the steps to come.
+    """
+
+    def place(step):  # 0 at the first step, 1 at the picture
+        return (step / num_steps + (times[step] - times[0]) / ((end - times[0]) or 1.0)) / 2
+
+    step = len(times) - 1
+    to_compute, to_come = wanted - sum(schedule), num_steps - step  # of those to come, this one among them
+    if step == 0 or to_compute <= 1 or to_come <= to_compute:
+        return step == 0 or to_come <= max(to_compute, 1)
+    pace = place(step) - place(step - 1)
+    since = place(max(i for i, computed in enumerate(schedule) if computed))
+    next_one = since + (1 - pace - since) / to_compute  # 1 - pace: about where the last step will be
+    return place(step) + pace / 2 >= next_one
 
 
 # --- the forward ----------------------------------------------------------------
@@ -189,8 +225,8 @@ def teacache_forward(
     """`UNet3DConditionModel.forward` (memo, commit a5aee30) with TeaCache around the down, mid and up blocks.
 
     Settings are read from the instance or, the original TeaCache way, from its class: `enable_teacache` (True),
-    `num_steps` (20), `rel_l1_thresh` (0.15), `coefficients` (identity), `predict` ("hold"). State is on the instance,
-    in `self.teacache`.
+    `num_steps` (20), `rel_l1_thresh` (0.15), `coefficients` (identity), and those of `apply_teacache`: `domain` (None),
+    `predict` ("hold"), `speedup` (None). State is on the instance, in `self.teacache`.
 
     Args:
         sample: (batch, channels, frames, height, width), the noisy latents; batch 2 with guidance, unconditional first.
@@ -228,7 +264,8 @@ def teacache_forward(
     branch, skip, predict = None, False, getattr(self, "predict", PREDICT)
     if getattr(self, "enable_teacache", True) and not torch.is_grad_enabled():
         state = vars(self).setdefault("teacache", TeaCacheState())
-        thresh = getattr(self, "rel_l1_thresh", REL_L1_THRESH)
+        thresh, speedup = getattr(self, "rel_l1_thresh", REL_L1_THRESH), getattr(self, "speedup", SPEEDUP)
+        rescaling = getattr(self, "coefficients", COEFFICIENTS), getattr(self, "domain", None)  # highest power first
         num_steps = getattr(self, "num_steps", NUM_INFERENCE_STEPS)
         progress = -sum(torch.as_tensor(t, dtype=torch.float32).mean().item() for t in timesteps)  # memo's t falls
         conditioning = [encoder_hidden_states, audio_embedding, audio_emotion, class_labels, mask_cond_fea]
@@ -237,9 +274,11 @@ def teacache_forward(
         tensors = [tensor for tensor in conditioning if tensor is not None]
         layout = (sample.shape, sample.dtype, sample.device, given, predict)
         branch = state.enter(progress, tensors, layout, num_steps)
-        caching = thresh > 0 and not state.last
-        signal, coefficients = features if caching else None, getattr(self, "coefficients", COEFFICIENTS)
-        skip = state.skips(branch, signal, thresh, coefficients, force=update_past_memory)
+        caching, decision = (thresh > 0 or speedup is not None) and not state.last, None
+        if speedup is not None:
+            decision = due(state.times, state.schedule[: state.step], num_steps, count(num_steps, speedup), end=0.0)
+        signal = features if caching and speedup is None else None
+        skip = state.skips(branch, signal, thresh, *rescaling, force=update_past_memory, due=decision)
     else:
         vars(self).pop("teacache", None)  # what was cached would be too old for a later call
 
@@ -304,10 +343,21 @@ def teacache_forward(
     return UNet3DConditionOutput(sample=output) if return_dict else (output,)
 
 
-SETTINGS = ("enable_teacache", "num_steps", "rel_l1_thresh", "coefficients", "predict")
+SETTINGS = (
+    "enable_teacache",
+    "num_steps",
+    "rel_l1_thresh",
+    "coefficients",
+    "domain",
+    "predict",
+    "indicator",
+    "speedup",
+)
 
 
-def check_settings(num_steps, rel_l1_thresh, coefficients=COEFFICIENTS, predict=PREDICT):
+def check_settings(
+    num_steps, rel_l1_thresh, coefficients=(1.0, 0.0), domain=None, predict=PREDICT, indicator=INDICATOR, speedup=None
+):
     """ValueError with what to do, for settings that make no sense."""
     if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
         raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
@@ -315,21 +365,43 @@ def check_settings(num_steps, rel_l1_thresh, coefficients=COEFFICIENTS, predict=
         raise ValueError(f"rel_l1_thresh must be a number of at least 0 (0: nothing is skipped), not {rel_l1_thresh}")
     if len(coefficients) == 0 or not all(map(math.isfinite, coefficients)):
         raise ValueError(f"coefficients must be finite numbers, highest power first, not {coefficients}")
+    if domain is not None and not (len(domain) == 2 and -math.inf < domain[0] <= domain[1] < math.inf):
+        raise ValueError(f"domain must be None or two numbers, the lower first, not {domain}")
     if predict not in ("hold", "forecast"):
         raise ValueError(f"predict must be hold or forecast, not {predict}")
+    if indicator not in INDICATORS:
+        raise ValueError(f"indicator must be {' or '.join(INDICATORS)}, not {indicator}")
+    most = max(num_steps / 2, 1)
+    if speedup is not None and not 1 <= speedup <= most:
+        raise ValueError(
+            f"speedup must lie between 1 and {most:g} for {num_steps} steps, as the first and the last "
+            f"are always computed, not {speedup:g}"
+        )
 
 
 def apply_teacache(
-    model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=REL_L1_THRESH, coefficients=None, predict=PREDICT
+    model,
+    num_steps=NUM_INFERENCE_STEPS,
+    rel_l1_thresh=None,
+    coefficients=None,
+    predict=PREDICT,
+    *,
+    indicator=INDICATOR,
+    domain=None,
+    speedup=None,
 ):
     """Give this one model TeaCache; others are untouched. Applying it again changes the settings, and starts afresh.
 
     Args:
         model: the pipeline's model, before or after accelerate's offloading was enabled.
         num_steps: the pipeline's `num_inference_steps`, so that the last step is known.
-        rel_l1_thresh: 0 skips nothing; more skips more.
-        coefficients: of the rescaling polynomial, highest power first; None: `COEFFICIENTS`.
+        rel_l1_thresh: 0 skips nothing; more skips more. None: the indicator's, in `INDICATORS`.
+        coefficients: of the rescaling polynomial, highest power first; None: the indicator's, in `INDICATORS`.
         predict: "hold" adds the last residual again, as the original; "forecast" extrapolates the last two outputs.
+        indicator: what is watched from step to step, a name in `INDICATORS`.
+        domain: (lowest, highest) relative change that `coefficients` were fitted to; None: they hold everywhere.
+        speedup: instead of a threshold: `num_steps / speedup` steps are computed, rounded. It watches nothing.
+            None: `SPEEDUP`, where no threshold is given either.
 
     Raises ValueError for settings that make no sense, and for a model whose forward something else has replaced.
     Returns the model.
@@ -337,11 +409,18 @@ def apply_teacache(
     if not isinstance(model, torch.nn.Module):
         what = "pipeline.transformer or pipeline.diffusion_net"
         raise ValueError(f"give the model itself, such as {what}, not a {type(model).__name__}")
-    coefficients = list(COEFFICIENTS if coefficients is None else coefficients)
-    check_settings(num_steps, rel_l1_thresh, coefficients, predict)
+    if speedup is not None and rel_l1_thresh is not None:
+        raise ValueError("give rel_l1_thresh or speedup, not both")
+    speedup = SPEEDUP if speedup is None and rel_l1_thresh is None else speedup
+    default_thresh, default_coefficients, default_domain = INDICATORS.get(indicator, (0, [0], None))
+    rel_l1_thresh = default_thresh if rel_l1_thresh is None else rel_l1_thresh
+    domain = default_domain if coefficients is None and domain is None else domain
+    coefficients = list(default_coefficients if coefficients is None else coefficients)
+    check_settings(num_steps, rel_l1_thresh, coefficients, domain, predict, indicator, speedup)
     setattr(model, forward_slot(model), MethodType(teacache_forward, model))
     vars(model).pop("teacache", None)
-    for name, value in zip(SETTINGS, (True, int(num_steps), float(rel_l1_thresh), coefficients, predict)):
+    settings = True, int(num_steps), float(rel_l1_thresh), coefficients, domain, predict, indicator, speedup
+    for name, value in zip(SETTINGS, settings):
         setattr(model, name, value)
     return model
 
@@ -454,7 +533,7 @@ def load_pipeline(model=MODEL, vae=VAE, device=None, dtype=torch.bfloat16, xform
     return pipeline.to(device=device, dtype=dtype), audio_proj
 
 
-def generate(pipeline, audio_proj, inputs, config, seed, predict, thresh, steps=None, max_clips=None):
+def generate(pipeline, audio_proj, inputs, config, seed, predict, thresh, steps=None, max_clips=None, speedup=None):
     """The video, clip by clip, each beginning with the last frames of the one before.
 
     Args:
@@ -462,15 +541,16 @@ def generate(pipeline, audio_proj, inputs, config, seed, predict, thresh, steps=
             (frames, window, blocks, channels), `audio_emotion` (frames,) and `num_emotion_classes` of the voice.
         config: memo's configs/inference.yaml as a namespace.
         seed: of the noise, drawn on the CPU.
-        predict, thresh: of TeaCache.
+        predict, thresh, speedup: of TeaCache, a threshold or a speedup.
         steps, max_clips: fewer than `config` and the voice ask for.
 
-    Returns: frames (frames, height, width, 3), uint8; figures: seconds, steps computed, all steps.
+    Returns: frames (frames, height, width, 3), uint8; figures: seconds, steps computed, all steps, and "schedule", the
+        numbers of the steps that the last clip computed.
     """
     from tqdm import tqdm
 
     steps = steps or config.inference_steps
-    apply_teacache(pipeline.diffusion_net, steps, thresh, predict=predict)
+    apply_teacache(pipeline.diffusion_net, steps, thresh, predict=predict, speedup=speedup)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     size = config.num_generated_frames_per_clip
@@ -478,7 +558,7 @@ def generate(pipeline, audio_proj, inputs, config, seed, predict, thresh, steps=
     past = inputs.pixel_values.repeat(config.num_init_past_frames, 1, 1, 1)  # (past frames, 3, height, width)
     frames, computed, total = [], 0, 0
     began = time.perf_counter()
-    bar = tqdm(total=clips, unit="clip", desc=f"threshold {thresh:g}")
+    bar = tqdm(total=clips, unit="clip", desc=f"speedup {speedup:g}" if speedup else f"threshold {thresh:g}")
     with bar, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # memo is written for diffusers 0.31
         for clip in range(clips):
@@ -505,7 +585,8 @@ def generate(pipeline, audio_proj, inputs, config, seed, predict, thresh, steps=
             bar.set_postfix_str(f"{computed} / {total} steps computed", refresh=False)
             bar.update()
     seconds = time.perf_counter() - began
-    return torch.cat(frames).numpy(), {"seconds": seconds, "computed": computed, "steps": total}
+    figures = {"seconds": seconds, "computed": computed, "steps": total}
+    return torch.cat(frames).numpy(), figures | {"schedule": [i for i, computed in enumerate(schedule) if computed]}
 
 
 # --- the command line -----------------------------------------------------------
@@ -527,7 +608,8 @@ def parse(argv=None):
     add("--input_audio", "--input-audio", default=INPUT_AUDIO, help="voice, best as wav")
     add("--output_dir", "--output-dir", type=Path, default=OUTPUT_DIR, help="<image>_<audio>.mp4 is written there")
     add("--seed", type=int, default=SEED)
-    add("--rel_l1_thresh", "--rel-l1-thresh", type=float, default=REL_L1_THRESH)
+    add("--rel_l1_thresh", "--rel-l1-thresh", type=float, help=f"default: {REL_L1_THRESH}")
+    add("--speedup", type=float, help="instead of a threshold: 2 computes exactly half of the steps")
     add("--predict", choices=["hold", "forecast"], default=PREDICT, help="what stands in for a skipped step")
     add("--compare", type=float, nargs="+", metavar="T", help="one panel for each threshold, side by side")
     add("--overwrite", action="store_true", help="replace an output that exists")
@@ -552,13 +634,18 @@ def parse(argv=None):
             setattr(args, tool, importlib.import_module(f"{__package__}.{tool}" if __package__ else tool))
         except ImportError as error:
             fail(f"{tool}.py must lie beside this script, and Pillow be installed: {error}")
+    if args.speedup is not None and (args.compare or args.rel_l1_thresh is not None):
+        fail("give --speedup or thresholds, not both")
+    if args.rel_l1_thresh is None and not args.compare:
+        args.speedup = SPEEDUP if args.speedup is None else args.speedup
+    args.rel_l1_thresh = REL_L1_THRESH if args.rel_l1_thresh is None and args.speedup is None else args.rel_l1_thresh
     # threshold 0 comes first: it is what the others are measured against
     args.thresholds = list(dict.fromkeys([0.0, *args.compare])) if args.compare else [args.rel_l1_thresh]
     try:
         args.config = args.prepare_memo.read_config(args.config)
         args.prepare_memo.check_image(args.input_image)
         for thresh in (args.rel_l1_thresh, *args.thresholds):
-            check_settings(args.config.inference_steps, thresh)
+            check_settings(args.config.inference_steps, thresh or 0, speedup=args.speedup)
     except ImportError as error:
         fail(f"memo needs a package that is missing ({error}): {INSTALL_MEMO}")
     except ValueError as error:  # BadInput is one
@@ -572,6 +659,12 @@ def parse(argv=None):
     except (OSError, ValueError) as error:
         fail(f"cannot write {args.output}: {error}")
     return args
+
+
+def explain(speedup, computed):
+    """What a speedup chose: how much of the way may pass without a computed step, and the steps that were computed."""
+    threshold, computed = 1 / max(len(computed) - 1, 1), " ".join(map(str, computed))
+    return f"speedup {speedup:g}: threshold about {threshold:.3f} of the way; computed: {computed}"
 
 
 def main(argv=None):
@@ -596,12 +689,14 @@ def main(argv=None):
             if args.compare:
                 args.compare_memo.compare(run, inputs, args, tool.write_video)
                 return
-            frames, figures = run(args.rel_l1_thresh)
+            frames, figures = run(args.rel_l1_thresh, speedup=args.speedup)
             frames = frames[: inputs.length]
             tool.write_video(frames, args.output, config.fps, inputs.sound)
         except OSError as error:
             fail(f"cannot write {args.output}: {error}")
     computed, steps, each = figures["computed"], figures["steps"], figures["seconds"] / len(frames)
+    if args.speedup is not None:
+        print(explain(args.speedup, figures["schedule"]))
     print(f"saved {args.output}: {len(frames)} frames, {each:.2f} s a frame", end=", ")
     print(f"{computed} / {steps} steps ({steps / computed:.2f}x fewer passes)")
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from TeaCache4Memo.teacache_memo import import_memo, set_memory_processors
+from TeaCache4Memo.teacache_memo import DAMPING, import_memo, set_memory_processors
 
 memo = import_memo()
 import memo as package  # noqa: E402
@@ -197,7 +197,7 @@ class Oracle:
                 return (last,)
             t0, before = self.outputs[-2]
             reach = (t1 - t) / (t0 - t1)
-            return (last + (last - before) * (reach / (1 + 0.3 * reach)),)
+            return (last + (last - before) * (reach / (1 + DAMPING * reach)),)
         if not compute:
             return (model.conv_out(model.conv_act(model.conv_norm_out(x + self.residual))),)
         self.accumulated, caught = 0.0, []

@@ -1,6 +1,7 @@
 """The command line, end to end on the bundled model, and each way to get it wrong."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BUNDLED, ROOT, tensors_in
+from lumina_models import tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -21,8 +23,8 @@ FAST = [*MODEL, "--num-inference-steps", "8"]
 
 @pytest.fixture
 def identity(monkeypatch):
-    """Thresholds that mean something on any model: the sum of the plain relative changes."""
-    monkeypatch.setattr(teacache_lumina2, "COEFFICIENTS", [1.0, 0.0])
+    """Thresholds that mean something on any model: the sum of the plain relative changes. As edited in the script."""
+    monkeypatch.setattr(teacache_lumina2, "INDICATORS", {"modulated": (0.3, [1.0, 0.0], None)})
 
 
 def load(path):
@@ -46,11 +48,11 @@ def test_compare(tmp_path, capsys, identity, monkeypatch):
     drawn = []
     strip = compare_lumina2.strip
     monkeypatch.setattr(compare_lumina2, "strip", lambda rows: drawn.extend(rows) or strip(rows))
-    main([*MODEL, "--prompt", "red apple", "--compare", "0.2", "0.5", "1.0", "--output", str(tmp_path / "strip.png")])
+    main([*MODEL, "--prompt", "red apple", "--compare", "0.1", "0.2", "0.4", "--output", str(tmp_path / "strip.png")])
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     runs = result["runs"]
-    assert [r["rel_l1_thresh"] for r in runs] == [0, 0.2, 0.5, 1.0], "0 is added: the others are measured against it"
+    assert [r["rel_l1_thresh"] for r in runs] == [0, 0.1, 0.2, 0.4], "0 is added: the others are measured against it"
     computed, psnr = [r["computed"] for r in runs], [r["psnr"] for r in runs]
     assert computed[0] == 30 and computed == sorted(computed, reverse=True) and len(set(computed)) == 4
     assert psnr[0] is None and psnr[1:] == sorted(psnr[1:], reverse=True) and len(set(psnr)) == 4
@@ -121,9 +123,16 @@ def test_single_file_transformer(tmp_path):
     save_file(weights, tmp_path / "same.safetensors")
     weights["norm_out.linear_2.weight"] = weights["norm_out.linear_2.weight"] * 0.5
     save_file(weights, tmp_path / "other.safetensors")
-    main([*FAST, "--output", str(tmp_path / "folder.png")])
+    original = ["--rel-l1-thresh", "0"]
+    main([*FAST, *original, "--output", str(tmp_path / "folder.png")])
     for name in ("same", "other"):
-        flags = ["--output", str(tmp_path / f"{name}.png"), "--transformer", str(tmp_path / f"{name}.safetensors")]
+        flags = [
+            *original,
+            "--output",
+            str(tmp_path / f"{name}.png"),
+            "--transformer",
+            str(tmp_path / f"{name}.safetensors"),
+        ]
         main([*FAST, *flags])
         same = np.array_equal(load(tmp_path / "folder.png"), load(tmp_path / f"{name}.png"))
         assert same == (name == "same")
@@ -149,6 +158,13 @@ BAD = {
     "output below a file": (["--output", "{tmp}/file/picture.png"], "cannot write"),
     "output is a folder": (["--output", "{tmp}/folder.png"], "cannot write"),
     "one of two outputs is a folder": (["--prompt", "a", "--prompt", "b", "--output", "{tmp}/two.png"], "two_2.png"),
+    "speedup of nothing": (["--speedup", "0.9"], "between 1 and 15"),
+    "speedup beyond first and last": (["--speedup", "3.5", "--num-inference-steps", "6"], "between 1 and 3"),
+    "NaN speedup": (["--speedup", "nan"], "between 1 and 15"),
+    "speedup and threshold": (["--speedup", "2", "--rel-l1-thresh", "0.1"], "not both"),
+    "speedup and thresholds": (["--speedup", "2", "--compare", "0.1"], "not both"),
+    "unknown indicator": (["--indicator", "noise"], "noise"),
+    "coefficients that cannot be read": (["--model", "{tmp}/model"], "calibrate anew"),
     "NaN threshold beside others": (["--rel-l1-thresh", "nan", "--compare", "0.1"], "rel_l1_thresh"),
     "output of no kind": (["--output", "{tmp}/picture.txt"], ".png"),
     "unknown flag": (["--treshold", "1"], "--treshold"),
@@ -165,6 +181,9 @@ def test_bad_input_is_one_line_before_loading(case, tmp_path, capsys, monkeypatc
     (tmp_path / "file").write_text("kept")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "two_2.png").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text("{}")
+    (tmp_path / "model" / "teacache.json").write_text('{"modulated": {"coefficients": [1, 2]}}')
     monkeypatch.chdir(ROOT)
     flags, word = BAD[case]
     flags = [f.replace("{tmp}", str(tmp_path)) for f in flags]
@@ -173,7 +192,7 @@ def test_bad_input_is_one_line_before_loading(case, tmp_path, capsys, monkeypatc
     captured = capsys.readouterr()
     assert exit.value.code == 2 and captured.out == ""
     assert len(captured.err.splitlines()) == 1 and word in captured.err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.png", "two_2.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.png", "model", "two_2.png"]
 
 
 def test_offload_without_a_gpu(capsys):
@@ -243,13 +262,96 @@ def test_generate_leaves_no_tensor(pipeline):
     teacache_lumina2.remove_teacache(pipeline.transformer)
 
 
-def test_predict_reaches_the_pipeline(tmp_path, monkeypatch, capsys):
-    """--predict forecast: as many steps, another picture, and `hold` by default."""
+def test_predict_reaches_the_pipeline(tmp_path, monkeypatch):
+    """As many steps, another picture; the forecast by default."""
     monkeypatch.chdir(tmp_path)
     found = {}
-    for predict in ("hold", "forecast"):
-        given = ["--model", str(BUNDLED), "--num-inference-steps", "6", "--rel-l1-thresh", "0.9", "--predict", predict]
-        teacache_lumina2.main([*given, "--output", f"{predict}.png"])
+    for predict in ("forecast", "hold"):
+        given = [*MODEL, "--num-inference-steps", "6", "--rel-l1-thresh", "0.9", "--predict", predict]
+        main([*given, "--output", f"{predict}.png"])
         found[predict] = (tmp_path / f"{predict}.png").read_bytes()
-    teacache_lumina2.main([*given[:-2], "--output", "default.png"])
-    assert found["hold"] != found["forecast"] and (tmp_path / "default.png").read_bytes() == found["hold"]
+    main([*given[:-2], "--output", "default.png"])
+    assert found["hold"] != found["forecast"] and (tmp_path / "default.png").read_bytes() == found["forecast"]
+
+
+@pytest.mark.parametrize("speedup, computed", [("1.5", 20), ("2", 15), ("3", 10)])
+def test_speedup(tmp_path, capsys, speedup, computed):
+    """As many steps as wished for; threshold and schedule are printed, and are those of the run."""
+    main([*MODEL, "--speedup", speedup, "--output", str(tmp_path / "out.png")])
+    *_, chosen, saved = capsys.readouterr().out.splitlines()
+    assert f"{computed} / 30 steps" in saved
+    steps = [int(word) for word in chosen.split("computed: ")[1].split()]
+    assert len(steps) == computed and (steps[0], steps[-1]) == (0, 29) and steps == sorted(set(steps))
+    assert chosen.startswith(f"speedup {speedup}: threshold about {1 / (computed - 1):.3f} of the way")
+
+
+def test_speedup_as_a_constant(tmp_path, capsys, monkeypatch):
+    """Edited in the script; a threshold on the command line goes before it."""
+    monkeypatch.setattr(teacache_lumina2, "SPEEDUP", 2.0)
+    main([*FAST, "--output", str(tmp_path / "out.png")])
+    assert "4 / 8 steps" in capsys.readouterr().out
+    main([*FAST, "--rel-l1-thresh", "0", "--output", str(tmp_path / "out.png")])
+    assert "8 / 8 steps" in capsys.readouterr().out
+
+
+EDITS = {
+    "as shipped": ("", "", "fitted to it"),
+    "v2": ("COEFFICIENTS, DOMAIN = COEFFICIENTS_V1, None", "COEFFICIENTS, DOMAIN = COEFFICIENTS_V2, None", "as edited"),
+    "pasted": (
+        "COEFFICIENTS, DOMAIN = COEFFICIENTS_V1, None",
+        "COEFFICIENTS = [1.0, 0.0]\nDOMAIN = [0.1, 0.2]",
+        "as edited",
+    ),
+    "timestep": (
+        "COEFFICIENTS_TIMESTEP, DOMAIN_TIMESTEP = COEFFICIENTS_COMFYUI, None",
+        "COEFFICIENTS_TIMESTEP = [1.0, 0.0]\nDOMAIN_TIMESTEP = [0.1, 0.2]",
+        "as edited",
+    ),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_coefficients_edited_in_the_script_go_before_the_models_own(edit):
+    """The lines that calibrate_lumina2.py prints, pasted into a copy of the script; their domain is used."""
+    old, new, says = EDITS[edit]
+    source = SCRIPT.read_text(encoding="utf-8")
+    assert not old or source.count(old) == 1
+    module = {"__name__": "copy", "__file__": str(SCRIPT), "__package__": None}
+    exec(compile(source.replace(old, new) if old else source, "copy", "exec"), module)
+    indicator = "timestep" if edit == "timestep" else "modulated"
+    coefficients, domain, where = module["coefficients_of"](BUNDLED / "teacache.json", indicator, "forecast")
+    assert says in where
+    if edit in ("pasted", "timestep"):
+        assert coefficients == [1.0, 0.0] and domain == [0.1, 0.2]
+        model = module["apply_teacache"](tiny_model(), indicator=indicator)
+        assert model.coefficients == [1.0, 0.0] and model.domain == [0.1, 0.2]
+    if edit == "v2":
+        assert coefficients == teacache_lumina2.COEFFICIENTS_V2
+
+
+def test_which_coefficients_is_said(tmp_path, capsys):
+    """The model folder's own; without them the published ones; a single-file transformer's lie beside it."""
+    model = tmp_path / "model"
+    shutil.copytree(BUNDLED, model)
+    given = ["--model", str(model), "--num-inference-steps", "8", "--output", str(tmp_path / "out.png")]
+    for flags, says in (([], "teacache.json, fitted to it"), (["--indicator", "timestep"], "teacache.json")):
+        main([*given, *flags])
+        assert says in capsys.readouterr().out
+    weights = shutil.copy(BUNDLED / "transformer" / "diffusion_pytorch_model.safetensors", tmp_path / "w.safetensors")
+    main([*given, "--transformer", str(weights)])
+    assert "v1, not fitted to it" in capsys.readouterr().out
+    shutil.copy(model / "teacache.json", tmp_path / "w.teacache.json")
+    main([*given, "--transformer", str(weights)])
+    assert "w.teacache.json, fitted to it" in capsys.readouterr().out
+    (model / "teacache.json").unlink()
+    for flags, says in (([], "v1, not fitted"), (["--indicator", "timestep"], "ComfyUI-TeaCache, not fitted")):
+        main([*given, *flags])
+        assert says in capsys.readouterr().out
+
+
+def test_the_bundled_models_coefficients_reach_the_transformer(tmp_path, monkeypatch):
+    given, apply = [], teacache_lumina2.apply_teacache
+    monkeypatch.setattr(teacache_lumina2, "apply_teacache", lambda *a, **k: given.append(k) or apply(*a, **k))
+    main([*FAST, "--output", str(tmp_path / "out.png")])
+    fit = json.loads((BUNDLED / "teacache.json").read_text())["forecast"]["modulated"]
+    assert (given[0]["coefficients"], given[0]["domain"]) == (fit["coefficients"], fit["domain"])

@@ -1,58 +1,20 @@
 """`predict="forecast"` for Lumina2: the output of a skipped step continues the last two computed ones."""
 
 import pytest
-import torch
 from conftest import equal, tensors_in
-from lumina_models import STOCK_FORWARD, Interrupted, conditioning, denoise, tiny_model
+from lumina_models import Interrupted, Oracle, conditioning, denoise, tiny_model
 
-from TeaCache4LuminaT2X.teacache_lumina2 import DAMPING, apply_teacache
+from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache
 
 STEPS, IDENTITY = 8, [1.0, 0.0]
 PROMPT, NEGATIVE = conditioning([5], seed=1), conditioning([3], seed=2)
-
-
-class Oracle:
-    """TeaCache with a forecast, written a second time: it always runs the stock forward; step and branch are told."""
-
-    def __init__(self, model, thresh):
-        self.model, self.thresh, self.schedule, self.memory, self.accumulated = model, thresh, [], {}, 0.0
-
-    def at(self, step, name, count):
-        self.where = step, name
-
-    def __call__(self, hidden_states, timestep, **kwargs):
-        (step, name), caught = self.where, []
-        norm = self.model.layers[0].norm1
-        hook = norm.register_forward_hook(lambda module, inputs, output: caught.append(output[0]))
-        output = STOCK_FORWARD(self.model, hidden_states, timestep, **kwargs)[0]
-        hook.remove()
-        memory, t = self.memory.setdefault(name, {"outputs": []}), timestep[0].item()
-        if len(self.schedule) == step:
-            compute = step in (0, STEPS - 1) or self.thresh == 0
-            if not compute:
-                old = memory["modulated"]
-                change = (caught[0] - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)
-                self.accumulated += change.item()
-                compute = self.accumulated >= self.thresh
-            self.accumulated = 0.0 if compute else self.accumulated
-            self.schedule.append(compute)
-        memory["modulated"] = caught[0]
-        if not self.schedule[step]:
-            (t1, last), *earlier = memory["outputs"][::-1]
-            if not earlier:
-                return (last,)
-            t0, before = earlier[0]
-            reach = (t - t1) / (t1 - t0)
-            return (last + (last - before) * (reach / (1 + DAMPING * reach)),)
-        memory["outputs"].append((t, output))
-        return (output,)
 
 
 @pytest.mark.parametrize("negative", [None, NEGATIVE], ids=["unguided", "guided"])
 @pytest.mark.parametrize("thresh", [0.0, 0.05, 0.1, 0.2, 9.0])
 def test_outputs_and_schedule(thresh, negative):
     model = tiny_model()
-    oracle = Oracle(model, thresh)
+    oracle = Oracle(model, thresh, IDENTITY, STEPS)
     expected = denoise(oracle, PROMPT, negative, before_call=oracle.at, steps=STEPS)
     apply_teacache(model, STEPS, thresh, IDENTITY, predict="forecast")
     assert equal(denoise(model, PROMPT, negative, steps=STEPS), expected)

@@ -404,6 +404,10 @@ def unloaded(here, monkeypatch):
         (["--config", "face.png"], "configs/inference.yaml"),
         (["--rel_l1_thresh", "-1"], "rel_l1_thresh"),
         (["--rel_l1_thresh", "nan"], "rel_l1_thresh"),
+        (["--speedup", "0.5"], "speedup must lie between 1 and"),
+        (["--speedup", "99"], "speedup must lie between 1 and"),
+        (["--speedup", "2", "--rel_l1_thresh", "0.1"], "not both"),
+        (["--speedup", "2", "--compare", "0.1"], "not both"),
         (["--rel_l1_thresh", "much"], "rel_l1_thresh"),
         (["--compare", "0.1", "inf"], "rel_l1_thresh"),
         (["--seed", "-1"], "--seed"),
@@ -589,3 +593,11 @@ def test_predict_reaches_the_network(here, monkeypatch):
     run("--predict", "forecast", "--output_dir", "a")
     run("--output_dir", "b")
     assert given == ["forecast", "hold"]
+
+
+def test_speedup(here, capsys):
+    """Half of the steps of each clip; threshold and schedule are printed."""
+    run("--speedup", 2)
+    out = capsys.readouterr().out
+    assert "6 / 12 steps (2.00x fewer passes)" in out
+    assert "speedup 2: threshold about 0.500 of the way; computed: 0 " in out and out.count("\n") == 2

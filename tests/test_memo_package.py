@@ -25,7 +25,7 @@ SOURCE = read("TeaCache4Memo", "teacache_memo.py")
 
 
 def test_the_line_of_the_threshold():
-    (number,) = re.findall(r"line (\d+) of `teacache_memo.py`", README)
+    (number,) = re.findall(r"line\s+(\d+)\s+of\s+`teacache_memo.py`", README)
     assert SOURCE.splitlines()[int(number) - 1].startswith("REL_L1_THRESH = 0.15 ")
 
 

@@ -21,7 +21,7 @@ from memo_models import (
     tiny_unet,
 )
 
-from TeaCache4Memo.teacache_memo import Branch, apply_teacache, remove_teacache, teacache_forward
+from TeaCache4Memo.teacache_memo import DAMPING, Branch, apply_teacache, remove_teacache, teacache_forward
 
 STEPS = 8
 
@@ -120,15 +120,41 @@ def test_a_step_called_twice(model):
     assert equal(outputs[2], outputs[1])
 
 
+@pytest.mark.parametrize("predict", ["hold", "forecast"])
+@pytest.mark.parametrize("speedup", [1, 1.5, 2, 3, 10])
+def test_speedup_keeps_to_the_number_of_steps(model, speedup, predict):
+    """On every clip, at memo's own timesteps; first and last and those that write memory are among them."""
+    apply_teacache(model, 20, predict=predict, speedup=speedup)
+    for clip in (Clip(), Clip(guided=False)):
+        denoise(model, clip, steps=20)
+        schedule = model.teacache.schedule
+        assert (sum(schedule), len(schedule)) == (round(20 / speedup), 20) and schedule[0] and schedule[-1]
+        gaps = [len(gap) + 1 for gap in "".join("x" if c else "." for c in schedule).split("x")[1:-1]]
+        assert max(gaps) <= 2 * speedup + 1 and max(gaps) - min(gaps) <= max(1, speedup / 2), gaps
+        assert tensors_in(model.teacache) == []
+
+
+def test_speedup_counts_the_steps_that_write_memory(model):
+    apply_teacache(model, 12, speedup=2.0)
+
+    def call(sample, timestep, update_past_memory, **inputs):
+        writes = timestep in timesteps[[0, 1, 4]]
+        return model(sample, timestep=timestep, update_past_memory=writes, **inputs)
+
+    timesteps = torch.arange(1000.0, 400.0, -50.0)
+    denoise(call, Clip(), steps=12, timesteps=lambda i, t: timesteps[i])
+    assert sum(model.teacache.schedule) == 6 and all(model.teacache.schedule[i] for i in (0, 1, 4))
+
+
 def test_forecast_of_a_straight_line(model):
     """Outputs that change evenly are met up to the damping; two are held, and none at the end."""
     branch = Branch([], ())
     for time in (-1000.0, -800.0):
         branch.remember(time, torch.tensor([time]), "forecast")
-    assert branch.predict(-600.0).item() == pytest.approx(-800 + 200 / 1.3)
-    assert branch.predict(-400.0).item() == pytest.approx(-800 + 400 / 1.6)
+    assert branch.predict(-600.0).item() == pytest.approx(-800 + 200 / (1 + DAMPING))
+    assert branch.predict(-400.0).item() == pytest.approx(-800 + 400 / (1 + 2 * DAMPING))
     branch.remember(-700.0, torch.tensor([-700.0]), "forecast")
-    assert len(branch.computed) == 2 and branch.predict(-650.0).item() == pytest.approx(-700 + 50 / 1.15)
+    assert len(branch.computed) == 2 and branch.predict(-650.0).item() == pytest.approx(-700 + 50 / (1 + DAMPING / 2))
     branch.remember(-600.0, torch.tensor([-600.0]), "hold")
     assert len(branch.computed) == 1 and branch.predict(-100.0).item() == -600
 

@@ -89,7 +89,7 @@ def test_sheet_is_there():
 
 def test_the_line_of_the_threshold():
     """The README of the model names the line to edit."""
-    (number,) = re.findall(r"line (\d+) of `teacache_lumina2.py`", read("TeaCache4LuminaT2X", "README.md"))
+    (number,) = re.findall(r"line\s+(\d+)\s+of\s+`teacache_lumina2.py`", read("TeaCache4LuminaT2X", "README.md"))
     line = read("TeaCache4LuminaT2X", "teacache_lumina2.py").splitlines()[int(number) - 1]
     assert line.startswith("REL_L1_THRESH = ")
 
@@ -102,13 +102,15 @@ def test_ci_runs_the_readmes_test_command():
 
 
 def test_the_table_of_the_bundled_model(pipeline):
-    """Steps computed with v1, as the README says; other processors may round one step to the other side."""
+    """Steps computed with the model's own coefficients, as in the README; one may round differently elsewhere."""
     text = read("TeaCache4LuminaT2X", "README.md").split("Measured here", 1)[1]
     rows = re.findall(r"^\| ([\d.]+) \| [\d.]+ \| [\d.]+x \| (\d+) / 30 \|", text, re.M)
     assert [thresh for thresh, _ in rows] == ["0", "0.1", "0.2", "0.3"]
     try:
         for thresh, computed in rows:
-            teacache_lumina2.apply_teacache(pipeline.transformer, 30, float(thresh))
+            found = teacache_lumina2.coefficients_of(BUNDLED / "teacache.json", "modulated", "forecast")
+            given = {"coefficients": found[0], "domain": found[1]}
+            teacache_lumina2.apply_teacache(pipeline.transformer, 30, float(thresh), **given)
             generator = torch.Generator().manual_seed(teacache_lumina2.SEED)
             pipeline(teacache_lumina2.BUNDLED_PROMPT, generator=generator, output_type="latent")
             assert abs(sum(pipeline.transformer.teacache.schedule) - int(computed)) <= 1

@@ -11,6 +11,8 @@ MUST_SHARE = {
     "TeaCacheState",
     "relative_l1",
     "rescale",
+    "count",
+    "due",
     "SETTINGS",
     "DAMPING",
     "check_settings",
@@ -18,6 +20,7 @@ MUST_SHARE = {
     "remove_teacache",
     "forward_slot",
     "fail",
+    "explain",
 }
 
 
@@ -30,7 +33,7 @@ def texts(source):
     found, lines = {}, source.splitlines()
     for node in ast.parse(source).body:
         name = getattr(node, "name", None)
-        if isinstance(node, ast.Assign) and node.targets[0].id in ATTRIBUTES:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) in ATTRIBUTES:
             name = node.targets[0].id
         if name:
             first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])

@@ -27,6 +27,9 @@ generations = st.fixed_dictionaries(
         "cast": st.booleans(),
         "switch": st.one_of(st.none(), st.integers(1, 6)),
         "thresh": st.sampled_from([0.0, 0.03, 0.1, 0.3, 2.0]),
+        "predict": st.sampled_from(["hold", "forecast"]),
+        "indicator": st.sampled_from(["modulated", "timestep"]),
+        "speedup": st.one_of(st.none(), st.floats(1, 3)),
         "interrupt": st.one_of(st.none(), st.integers(0, 13)),
     }
 )
@@ -46,14 +49,18 @@ def test_any_mix_of_generations(mix, coefficients):
         kwargs = {key: g[key] for key in ("seed", "size", "steps", "trunc", "cast")}
         if g["switch"]:  # by callback_on_step_end: other embeddings, the very same mask
             kwargs["switch"] = {g["switch"]: (pooled(pool, tuple(g["lengths"]), 7)[0], cond[1])}
+        way = {key: g[key] for key in ("predict", "indicator", "speedup")}
+        if g["speedup"]:
+            way["speedup"] = min(g["speedup"], max(g["steps"] / 2, 1))
         run = (MODEL, g["thresh"], coefficients, g["steps"], cond, uncond or None)
-        expected, latents, schedule = oracle_run(*run, **kwargs)
+        expected, latents, schedule = oracle_run(*run, way=way, **kwargs)
 
         def stop(step, name, count, at=g["interrupt"]):
             if count == at:
                 raise Interrupted
 
-        MODEL.num_steps, MODEL.rel_l1_thresh = g["steps"], g["thresh"]
+        for name, value in {"num_steps": g["steps"], "rel_l1_thresh": g["thresh"], **way}.items():
+            setattr(MODEL, name, value)
         try:
             outputs, result = denoise(MODEL, cond, uncond or None, before_call=stop, **kwargs)
         except Interrupted:
