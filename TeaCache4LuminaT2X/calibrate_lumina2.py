@@ -15,7 +15,7 @@ It prints the lines to paste into teacache_lumina2.py and writes, under the name
               NAME.teacache.json, teacache_lumina2.py finds it
     .png      the recorded changes, and the curve through them
 
-Needs teacache_lumina2.py beside it, and matplotlib. Nothing happens at import.
+Needs teacache_lumina2.py and options_lumina2.py beside it, and matplotlib. Nothing happens at import.
 """
 
 import argparse
@@ -31,8 +31,10 @@ import numpy as np
 import torch
 
 script = importlib.import_module(f"{__package__}.teacache_lumina2" if __package__ else "teacache_lumina2")
+options = importlib.import_module(f"{__package__}.options_lumina2" if __package__ else "options_lumina2")
 
-FLAGS = "model transformer negative-prompt num-inference-steps height width guidance-scale cfg-trunc-ratio seed dtype"
+FLAGS = "model transformer lora lora-scale negative-prompt num-inference-steps height width guidance-scale"
+FLAGS += " cfg-trunc-ratio seed dtype"
 DEGREE = 4
 
 
@@ -179,7 +181,7 @@ def parse(argv=None):
     if given.output.is_dir() or not os.access(given.output.parent, os.W_OK | os.X_OK):
         fail(f"cannot write {given.output}.json: its folder must exist and be writable")
     # at threshold 0 no coefficients are looked for; its own picture would lie beside ours
-    args = script.parse([*passed, "--rel-l1-thresh=0", f"--output={given.output.parent / 'unused.png'}"])
+    args = options.parse([*passed, "--rel-l1-thresh=0", f"--output={given.output.parent / 'unused.png'}"])
     if args.num_inference_steps < 2:
         fail("there is no change from step to step in one step: give --num-inference-steps 2 or more")
     args.prompt, args.predict = given.lines, given.predict
@@ -216,7 +218,7 @@ def record(args):
     missing = [prompt for prompt in args.prompt if prompt not in done]
     if not missing:
         return done
-    pipeline = script.load_pipeline(args)
+    pipeline = options.load_pipeline(args)
     pipeline.set_progress_bar_config(disable=True)
     write_records(args, done)  # without the line that was cut off
     for prompt in tqdm(missing, initial=len(args.prompt) - len(missing), total=len(args.prompt), unit="prompt"):

@@ -11,6 +11,7 @@ Paper: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, a
     python teacache_lumina2.py                              # one picture; edit the constants below
     python teacache_lumina2.py --speedup 2                  # half of the steps, whatever the model
     python teacache_lumina2.py --compare 0 0.1 0.2 0.3      # a strip of them (needs compare_lumina2.py beside it)
+    python teacache_lumina2.py --prompts FILE               # a picture a line (needs batch_lumina2.py beside it)
 
 In your own code (nothing happens at import):
 
@@ -19,7 +20,6 @@ In your own code (nothing happens at import):
     image = pipeline("a red apple", num_inference_steps=30).images[0]
 """
 
-import argparse
 import functools
 import importlib
 import inspect
@@ -27,16 +27,22 @@ import json
 import math
 import numbers
 import os
-import re
 import sys
 import time
+import traceback
 import warnings
 from pathlib import Path
 from types import MethodType
 
-import torch
-from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.utils import USE_PEFT_BACKEND, logging, scale_lora_layers, unscale_lora_layers
+try:
+    import torch
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+    from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    what = "teacache_lumina2: needs Python 3.10 or newer, torch, and diffusers"
+    sys.exit(f"{what} ({error}): pip install torch -r requirements.txt")
 
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.3  # 0: original | 0.1: 1.05x | 0.2: 1.15x | 0.3: 1.25x  (original authors, 4070 laptop, 1024x1536)
@@ -76,8 +82,9 @@ DAMPING = 0.5  # of the forecast, see Branch.predict
 class Branch:
     """What is remembered for one conditioning of a running generation; guidance in two passes has two of them."""
 
-    def __init__(self, tensors, layout):
+    def __init__(self, tensors, layout, device):
         self.tensors, self.layout = tensors, layout  # what it is known by
+        self.device = device  # keeps what is cached; None: wherever that was made
         self.step = -1  # the last step that called it
         self.signal = None  # what the indicator saw at that step
         self.computed = []  # (time, tensor) of the last computed step, or two: what predict() continues
@@ -92,17 +99,19 @@ class Branch:
     def remember(self, time, tensor, predict):
         """Keep the output (forecast: and the one before it) or residual (hold) of a computed step."""
         before = [(t, x) for t, x in self.computed if t < time and predict == "forecast"]  # a step may be called again
-        self.computed = [*before[-1:], (time, tensor)]
+        self.computed = [*before[-1:], (time, tensor.to(self.device or tensor.device))]
 
-    def predict(self, time):
+    def predict(self, time, device):
         """The last computed tensor, carried on along the line through the last two where two are kept.
 
         The further it is carried, in units of the gap between the two, the less the line is trusted.
         """
         last_time, last = self.computed[-1]
+        last = last.to(device)
         if len(self.computed) == 1:
             return last
         time_before, before = self.computed[0]
+        before = before.to(device)
         gap = (time - last_time) / (last_time - time_before)
         return last + (last - before) * (gap / (1 + DAMPING * gap))
 
@@ -126,25 +135,30 @@ class TeaCacheState:
         self.schedule = []  # the decisions of this generation: True for a step that is computed
         self.branches = []
 
-    def enter(self, time, tensors, layout, num_steps):
+    def enter(self, time, tensors, layout, num_steps, device=None):
         """The branch of this call, after moving to its step. When the last step begins, all branches are let go.
 
         tensors: the conditioning; the last is the very same object throughout a generation, even where another is
         replaced midway (as callback_on_step_end may). layout: plain values that a generation keeps: the latents' shape.
+        device: keeps what is cached.
         """
         if time != self.time:
             self.branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
             goes_on = any(b.tensors[-1] is tensors[-1] or b.has(tensors) for b in self.branches)
             if time < self.time or not goes_on:
+                if 0 <= self.step < num_steps - 1:
+                    warn_of_steps(f"a generation ended after {self.step + 1} steps, and num_steps is {num_steps}")
                 self.reset()
             self.step, self.time, self.compute = self.step + 1, time, None
             self.times.append(time)
+            if self.step == num_steps:
+                warn_of_steps(f"a generation goes on after the {num_steps} of num_steps")
         self.last = self.step >= num_steps - 1
         if self.last:
             self.branches = []
         branch = next((b for b in self.branches if b.layout == layout and b.has(tensors)), None)
         if branch is None:
-            branch = Branch(tensors, layout)
+            branch = Branch(tensors, layout, device)
             if not self.last:
                 self.branches.append(branch)
         branch.step = self.step
@@ -161,10 +175,12 @@ class TeaCacheState:
             if compute is None:
                 compute = signal is None or branch.signal is None
                 if not compute:
-                    self.accumulated += rescale(coefficients, relative_l1(signal, branch.signal), domain)
+                    self.accumulated += rescale(
+                        coefficients, relative_l1(signal, branch.signal.to(signal.device)), domain
+                    )
                     compute = not self.accumulated < thresh  # a NaN computes
             self.decide(compute)
-        branch.signal = signal
+        branch.signal = signal if signal is None else signal.to(branch.device or signal.device)
         return not (self.compute or force) and bool(branch.computed)
 
     def decide(self, compute):
@@ -172,6 +188,10 @@ class TeaCacheState:
         self.schedule.append(compute)
         if compute:
             self.accumulated = 0.0
+
+
+def warn_of_steps(what):
+    warnings.warn(f"TeaCache: {what}. Unless it was interrupted, give num_steps as num_inference_steps", stacklevel=4)
 
 
 def relative_l1(new, old):
@@ -300,7 +320,7 @@ def teacache_forward(
         tensors = (encoder_hidden_states, caption_mask)
         layout = (latents.shape, latents.dtype, latents.device, predict, early)
         progress = timestep.flatten()[0].item()
-        branch = state.enter(progress, tensors, layout, num_steps)
+        branch = state.enter(progress, tensors, layout, num_steps, getattr(self, "cache_device", None))
         caching = (thresh > 0 or speedup is not None) and not state.last
         if speedup is not None:
             decision = due(state.times, state.schedule[: state.step], num_steps, count(num_steps, speedup), end=1.0)
@@ -313,7 +333,7 @@ def teacache_forward(
 
     if skip and predict == "hold":
         patches = self.x_embedder(patchify(latents, self.config.patch_size))
-        temb, hidden = embed_time(self, timestep, latents), patches + branch.predict(progress)
+        temb, hidden = embed_time(self, timestep, latents), patches + branch.predict(progress, latents.device)
         spans = [(0, hidden.shape[1])] * batch_size
     elif not skip:
         # 1. Timestep and caption embedding, rotary frequencies, patches
@@ -343,7 +363,7 @@ def teacache_forward(
         if branch is not None and not early:
             modulated = self.layers[0].norm1(joint, temb)[0] if caching else None
             skip = state.skips(branch, modulated, thresh, *rescaling)
-        hidden = joint + branch.predict(progress) if skip and predict == "hold" else joint
+        hidden = joint + branch.predict(progress, latents.device) if skip and predict == "hold" else joint
         for layer in () if skip else self.layers:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 hidden = self._gradient_checkpointing_func(layer, hidden, mask, rotary, temb)
@@ -351,7 +371,7 @@ def teacache_forward(
                 hidden = layer(hidden, mask, rotary, temb)
 
     if skip and predict == "forecast":
-        output = branch.predict(progress).clone()  # the caller may write into it
+        output = branch.predict(progress, latents.device).clone()  # the caller may write into it
     else:
         # 5. Output projection, patches to latents
         p, projected = self.config.patch_size, self.norm_out(hidden, temb)
@@ -384,11 +404,19 @@ SETTINGS = (
     "predict",
     "indicator",
     "speedup",
+    "cache_device",
 )
 
 
 def check_settings(
-    num_steps, rel_l1_thresh, coefficients=(1.0, 0.0), domain=None, predict=PREDICT, indicator=INDICATOR, speedup=None
+    num_steps,
+    rel_l1_thresh,
+    coefficients=(1.0, 0.0),
+    domain=None,
+    predict=PREDICT,
+    indicator=INDICATOR,
+    speedup=None,
+    cache_device=None,
 ):
     """ValueError with what to do, for settings that make no sense."""
     if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
@@ -409,6 +437,10 @@ def check_settings(
             f"speedup must lie between 1 and {most:g} for {num_steps} steps, as the first and the last "
             f"are always computed, not {speedup:g}"
         )
+    try:
+        torch.device(cache_device or "cpu")
+    except RuntimeError:
+        raise ValueError(f'cache_device must be None or a device of torch, such as "cpu", not {cache_device}') from None
 
 
 def apply_teacache(
@@ -421,6 +453,7 @@ def apply_teacache(
     indicator=INDICATOR,
     domain=None,
     speedup=None,
+    cache_device=None,
 ):
     """Give this one model TeaCache; others are untouched. Applying it again changes the settings, and starts afresh.
 
@@ -434,6 +467,7 @@ def apply_teacache(
         domain: (lowest, highest) relative change that `coefficients` were fitted to; None: they hold everywhere.
         speedup: instead of a threshold: `num_steps / speedup` steps are computed, rounded. It watches nothing.
             None: `SPEEDUP`, where no threshold is given either.
+        cache_device: keeps what is cached, "cpu" say; None: the device that it was made on.
 
     Raises ValueError for settings that make no sense, and for a model whose forward something else has replaced.
     Returns the model.
@@ -448,10 +482,11 @@ def apply_teacache(
     rel_l1_thresh = default_thresh if rel_l1_thresh is None else rel_l1_thresh
     domain = default_domain if coefficients is None and domain is None else domain
     coefficients = list(default_coefficients if coefficients is None else coefficients)
-    check_settings(num_steps, rel_l1_thresh, coefficients, domain, predict, indicator, speedup)
+    check_settings(num_steps, rel_l1_thresh, coefficients, domain, predict, indicator, speedup, cache_device)
     setattr(model, forward_slot(model), MethodType(teacache_forward, model))
     vars(model).pop("teacache", None)
-    settings = True, int(num_steps), float(rel_l1_thresh), coefficients, domain, predict, indicator, speedup
+    rescaling = float(rel_l1_thresh), coefficients, domain
+    settings = True, int(num_steps), *rescaling, predict, indicator, speedup, cache_device
     for name, value in zip(SETTINGS, settings):
         setattr(model, name, value)
     return model
@@ -472,9 +507,10 @@ def remove_teacache(model):
 def forward_slot(model):
     """The attribute that holds the model's own forward: accelerate's offloading hooks keep it in `_old_forward`."""
     slot = "_old_forward" if "_old_forward" in vars(model) else "forward"
-    current = getattr(model, slot)
-    if getattr(current, "__func__", None) not in (teacache_forward, type(model).forward):
-        raise ValueError("this model's forward was replaced by something else (compiling, a hook): undo that first")
+    own = getattr(getattr(model, slot), "__func__", None) in (teacache_forward, type(model).forward)
+    if not own or getattr(model, "_compiled_call_impl", None) is not None:
+        what = "this model's forward was replaced by something else (a hook, torch.compile)"
+        raise ValueError(f"{what}: undo that first, and compile the blocks in the model instead of the model")
     return slot
 
 
@@ -482,112 +518,31 @@ def forward_slot(model):
 
 
 def save(image, path):
-    """Through a temporary file: a failure leaves what was there."""
+    """Through a temporary file: a failure, which is an OSError, leaves what was there."""
     draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         image.save(draft)
         draft.replace(path)
     except OSError as error:
-        fail(f"cannot write {path}: {error}")
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         draft.unlink(missing_ok=True)
 
 
 def fail(message):
-    """One line on stderr, exit code 2."""
+    """One line on stderr, exit code 2; with --verbose the traceback of what led to it goes before."""
+    if "--verbose" in sys.argv and sys.exc_info()[0]:
+        traceback.print_exc()
     print(f"{Path(__file__).stem}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def parse(argv=None):
-    """The arguments, checked as far as they can be before anything is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = fail
-    add = parser.add_argument
-    add("--model", help=f"folder or Hub name; default {MODEL} on a CUDA GPU, else the bundled emoji model")
-    add("--transformer", type=Path, metavar="FILE", help="single-file checkpoint of the transformer, e.g. Neta Lumina")
-    add("--prompt", action="append", help="may be repeated: one picture each")
-    add("--negative-prompt", default=NEGATIVE_PROMPT)
-    add("--rel-l1-thresh", type=float, help="default: the indicator's, in INDICATORS")
-    add("--speedup", type=float, help="instead of a threshold: 2 computes exactly half of the steps")
-    add("--indicator", choices=list(INDICATORS), default=INDICATOR, help="what the threshold is held against")
-    add("--predict", choices=["hold", "forecast"], default=PREDICT, help="what stands in for a skipped step")
-    add("--num-inference-steps", type=int, default=NUM_INFERENCE_STEPS)
-    add("--height", type=int, default=HEIGHT)
-    add("--width", type=int, default=WIDTH)
-    add("--guidance-scale", type=float, default=GUIDANCE_SCALE)
-    add("--cfg-trunc-ratio", type=float, default=CFG_TRUNC_RATIO)
-    add("--seed", type=int, default=SEED)
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--offload", choices=["none", "model", "sequential"], default="none", help="keep weights off the GPU")
-    add("--output", type=Path, help="default: teacache_lumina2_output.png, or ..._compare.png")
-    add("--compare", type=float, nargs="+", metavar="T", help="one picture for each threshold, side by side")
-    args = parser.parse_args(argv)
-
-    args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    by_hardware = args.model is None
-    if by_hardware:
-        args.model, args.device = (MODEL, "cuda") if args.device == "cuda" else (str(BUNDLED_MODEL), "cpu")
-    args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
-    bundled = Path(args.model).resolve() == BUNDLED_MODEL
-    args.prompt = args.prompt or [BUNDLED_PROMPT if bundled else PROMPT]
-    if args.speedup is not None and (args.compare or args.rel_l1_thresh is not None):
-        fail("give --speedup or thresholds, not both")
-    if args.rel_l1_thresh is None and not args.compare:
-        args.speedup = SPEEDUP if args.speedup is None else args.speedup
-    args.output = args.output or Path(f"teacache_lumina2_{'compare' if args.compare else 'output'}.png")
-    # threshold 0 comes first: it is what the others are measured against
-    args.thresholds = list(dict.fromkeys([0.0, *args.compare])) if args.compare else [args.rel_l1_thresh]
-    folder = Path(args.model)
-    args.coefficients = args.domain = args.fitted = None
+def beside(name, flag):
+    """A module that lies beside this script, for the flag that needs it."""
     try:
-        if args.speedup is None and args.thresholds != [0.0]:
-            path = args.transformer.with_suffix(".teacache.json") if args.transformer else folder / "teacache.json"
-            args.coefficients, args.domain, args.fitted = coefficients_of(path, args.indicator, args.predict)
-        for thresh in (args.rel_l1_thresh, *args.thresholds):
-            thresh = INDICATORS[args.indicator][0] if thresh is None else thresh
-            check_settings(args.num_inference_steps, thresh, speedup=args.speedup)
-    except ValueError as error:
-        fail(error)
-    for name in ("height", "width"):
-        size = getattr(args, name)
-        if size is not None and (size <= 0 or size % 16):
-            fail(f"--{name} must be a multiple of 16, not {size}")
-    if not math.isfinite(args.guidance_scale):
-        fail(f"--guidance-scale must be a number, not {args.guidance_scale}")
-    if not 0 <= args.cfg_trunc_ratio <= 1:
-        fail(f"--cfg-trunc-ratio must lie between 0 and 1, not {args.cfg_trunc_ratio}")
-    if not 0 <= args.seed < 2**63:
-        fail(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
-    if args.offload != "none" and args.device == "cpu":
-        fail(f"--offload {args.offload} moves weights to a GPU when they are needed, and there is none: leave it out")
-    on_hub = args.model == MODEL or re.fullmatch(r"[\w.-]+/[\w.-]+", args.model) and not folder.parent.is_dir()
-    if not folder.is_dir() and not on_hub:
-        fail(f"no model folder {args.model}: give a folder saved by diffusers, or a Hub name such as {MODEL}")
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        fail(f"{args.model} has no model_index.json: give a pipeline folder saved by diffusers")
-    config = folder / "transformer" / "config.json"
-    limit = 16 * min(json.loads(config.read_text())["axes_lens"][1:]) if config.is_file() else math.inf
-    if max(args.height or 0, args.width or 0) > limit:
-        fail(f"{args.model} draws at most {limit} pixels in height and width, the length of its rotary embedding")
-    if args.transformer and not args.transformer.is_file():
-        fail(f"no checkpoint file {args.transformer}")
-    if args.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        fail(f"--output {args.output} must end in .png, .jpg or .webp")
-    several = len(args.prompt) > 1 and not args.compare
-    stem, n = args.output.stem, len(args.prompt)
-    args.outputs = [args.output.with_stem(f"{stem}_{i + 1}") for i in range(n)] if several else [args.output]
-    for path in args.outputs:
-        if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-            fail(f"cannot write {path}: its folder must exist and be writable")
-    if args.compare:
-        try:
-            args.tool = importlib.import_module(f"{__package__}.compare_lumina2" if __package__ else "compare_lumina2")
-        except ImportError as error:
-            fail(f"--compare needs compare_lumina2.py beside this script, and Pillow: {error}")
-    if by_hardware and args.device != "cuda":
-        print(f"No CUDA GPU for torch: drawing with the bundled emoji model. For the real one: --model {MODEL}")
-    return args
+        return importlib.import_module(f"{__package__}.{name}" if __package__ else name)
+    except ImportError as error:
+        fail(f"{flag} needs {name}.py beside this script, and what that imports: {error}")
 
 
 def coefficients_of(path, indicator, predict):
@@ -614,41 +569,11 @@ def coefficients_of(path, indicator, predict):
         raise ValueError(f"{what}: calibrate anew, or move it away ({error!r})") from None
 
 
-def load_pipeline(args):
-    """The pipeline on its device."""
-    from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
-
-    what, options, verbosity = args.model, {"torch_dtype": args.dtype}, logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # diffusers 0.42 calls it dtype, 0.33 knows only torch_dtype
-            if args.transformer:
-                what, where = args.transformer, {"config": args.model, "subfolder": "transformer"}
-                options["transformer"] = Lumina2Transformer2DModel.from_single_file(str(what), **where, **options)
-                what = args.model
-            pipeline = Lumina2Pipeline.from_pretrained(args.model, **options)
-        if args.offload == "model":
-            pipeline.enable_model_cpu_offload(device=args.device)
-        elif args.offload == "sequential":
-            pipeline.enable_sequential_cpu_offload(device=args.device)
-        else:
-            pipeline.to(args.device)
-    except Exception as error:
-        hint = "is it a whole Lumina2Pipeline?" if Path(args.model).is_dir() else "is the name right, the Hub in reach?"
-        hint = hint if what == args.model else f"is it a transformer of this kind, and {args.model} in reach?"
-        first = (str(error).strip().splitlines() or [""])[0]
-        fail(f"could not load {what}: {hint} ({type(error).__name__}: {first[:160]})")
-    finally:
-        logging.set_verbosity(verbosity)
-    return pipeline
-
-
-def generate(pipeline, args, prompt, thresh, steps=None):
-    """A PIL image and its figures: seconds, computed and all steps."""
+def generate(pipeline, args, prompt, thresh, steps=None, seed=None):
+    """A PIL image and its figures: seconds, computed and all steps. Settings that are not given are those of args."""
     steps = steps or args.num_inference_steps
-    settings = {name: getattr(args, name) for name in ("coefficients", "predict", "indicator", "domain", "speedup")}
-    apply_teacache(pipeline.transformer, steps, thresh, **settings)
+    names = "coefficients", "predict", "indicator", "domain", "speedup", "cache_device"
+    apply_teacache(pipeline.transformer, steps, thresh, **{name: getattr(args, name) for name in names})
     synchronize = getattr(torch, args.device).synchronize
     synchronize()
     began = time.perf_counter()
@@ -660,7 +585,9 @@ def generate(pipeline, args, prompt, thresh, steps=None):
         num_inference_steps=steps,
         guidance_scale=args.guidance_scale,
         cfg_trunc_ratio=args.cfg_trunc_ratio,
-        generator=torch.Generator().manual_seed(args.seed),  # on the CPU: the same noise on every device
+        generator=torch.Generator().manual_seed(
+            args.seed if seed is None else seed
+        ),  # on the CPU: the same noise on every device
     ).images[0]
     synchronize()
     schedule = pipeline.transformer.teacache.schedule
@@ -675,8 +602,22 @@ def explain(speedup, computed):
 
 
 def main(argv=None):
-    args = parse(argv)
-    pipeline = load_pipeline(args)
+    options = beside("options_lumina2", "the command line")
+    args = options.parse(argv)
+    try:
+        run(args, options)
+    except OSError as error:
+        fail(error)
+    except Exception as error:
+        if not options.is_out_of_memory(error):
+            raise
+        fail(options.why(error, args))
+
+
+def run(args, options):
+    if args.prompts:
+        sys.exit(args.tool.draw(args, options.load_pipeline, generate, options.why))
+    pipeline = options.load_pipeline(args)
     if args.fitted:
         print(f"Coefficients for {args.indicator}: {args.fitted}")
     if args.compare:

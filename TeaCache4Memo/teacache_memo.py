@@ -11,6 +11,7 @@ Paper: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, a
     python teacache_memo.py                                  # memo's own example; edit the constants below
     python teacache_memo.py --input_image face.jpg --input_audio speech.wav --output_dir outputs
     python teacache_memo.py --compare 0 0.09 0.15 0.25       # side by side (needs compare_memo.py beside it)
+    python teacache_memo.py --pairs FILE                     # a video a line (needs batch_memo.py beside it)
 
 In your own code (nothing happens at import, memo need not be installed for it):
 
@@ -19,22 +20,26 @@ In your own code (nothing happens at import, memo need not be installed for it):
     apply_teacache(pipeline.diffusion_net, num_steps=20, rel_l1_thresh=0.15)
 """
 
-import argparse
 import functools
 import importlib
-import importlib.util
 import math
 import numbers
-import os
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
 
-import torch
-from diffusers.utils import logging
+try:
+    import torch
+    from diffusers.utils import logging
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    what = "teacache_memo: needs Python 3.10 or newer, torch, and diffusers"
+    sys.exit(f"{what} ({error}): pip install torch diffusers, and memo after it")
 
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.9x fewer passes (20 steps, see README)
@@ -62,8 +67,9 @@ INSTALL_MEMO = "git clone https://github.com/memoavatar/memo && pip install -e m
 class Branch:
     """What is remembered for one conditioning of a running generation; guidance in two passes has two of them."""
 
-    def __init__(self, tensors, layout):
+    def __init__(self, tensors, layout, device):
         self.tensors, self.layout = tensors, layout  # what it is known by
+        self.device = device  # keeps what is cached; None: wherever that was made
         self.step = -1  # the last step that called it
         self.signal = None  # what the indicator saw at that step
         self.computed = []  # (time, tensor) of the last computed step, or two: what predict() continues
@@ -78,17 +84,19 @@ class Branch:
     def remember(self, time, tensor, predict):
         """Keep the output (forecast: and the one before it) or residual (hold) of a computed step."""
         before = [(t, x) for t, x in self.computed if t < time and predict == "forecast"]  # a step may be called again
-        self.computed = [*before[-1:], (time, tensor)]
+        self.computed = [*before[-1:], (time, tensor.to(self.device or tensor.device))]
 
-    def predict(self, time):
+    def predict(self, time, device):
         """The last computed tensor, carried on along the line through the last two where two are kept.
 
         The further it is carried, in units of the gap between the two, the less the line is trusted.
         """
         last_time, last = self.computed[-1]
+        last = last.to(device)
         if len(self.computed) == 1:
             return last
         time_before, before = self.computed[0]
+        before = before.to(device)
         gap = (time - last_time) / (last_time - time_before)
         return last + (last - before) * (gap / (1 + DAMPING * gap))
 
@@ -112,25 +120,30 @@ class TeaCacheState:
         self.schedule = []  # the decisions of this generation: True for a step that is computed
         self.branches = []
 
-    def enter(self, time, tensors, layout, num_steps):
+    def enter(self, time, tensors, layout, num_steps, device=None):
         """The branch of this call, after moving to its step. When the last step begins, all branches are let go.
 
         tensors: the conditioning; the last is the very same object throughout a generation, even where another is
         replaced midway (as callback_on_step_end may). layout: plain values that a generation keeps: the latents' shape.
+        device: keeps what is cached.
         """
         if time != self.time:
             self.branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
             goes_on = any(b.tensors[-1] is tensors[-1] or b.has(tensors) for b in self.branches)
             if time < self.time or not goes_on:
+                if 0 <= self.step < num_steps - 1:
+                    warn_of_steps(f"a generation ended after {self.step + 1} steps, and num_steps is {num_steps}")
                 self.reset()
             self.step, self.time, self.compute = self.step + 1, time, None
             self.times.append(time)
+            if self.step == num_steps:
+                warn_of_steps(f"a generation goes on after the {num_steps} of num_steps")
         self.last = self.step >= num_steps - 1
         if self.last:
             self.branches = []
         branch = next((b for b in self.branches if b.layout == layout and b.has(tensors)), None)
         if branch is None:
-            branch = Branch(tensors, layout)
+            branch = Branch(tensors, layout, device)
             if not self.last:
                 self.branches.append(branch)
         branch.step = self.step
@@ -147,10 +160,12 @@ class TeaCacheState:
             if compute is None:
                 compute = signal is None or branch.signal is None
                 if not compute:
-                    self.accumulated += rescale(coefficients, relative_l1(signal, branch.signal), domain)
+                    self.accumulated += rescale(
+                        coefficients, relative_l1(signal, branch.signal.to(signal.device)), domain
+                    )
                     compute = not self.accumulated < thresh  # a NaN computes
             self.decide(compute)
-        branch.signal = signal
+        branch.signal = signal if signal is None else signal.to(branch.device or signal.device)
         return not (self.compute or force) and bool(branch.computed)
 
     def decide(self, compute):
@@ -158,6 +173,10 @@ class TeaCacheState:
         self.schedule.append(compute)
         if compute:
             self.accumulated = 0.0
+
+
+def warn_of_steps(what):
+    warnings.warn(f"TeaCache: {what}. Unless it was interrupted, give num_steps as num_inference_steps", stacklevel=4)
 
 
 def relative_l1(new, old):
@@ -273,7 +292,7 @@ def teacache_forward(
         given = [tensor is not None for tensor in conditioning]
         tensors = [tensor for tensor in conditioning if tensor is not None]
         layout = (sample.shape, sample.dtype, sample.device, given, predict)
-        branch = state.enter(progress, tensors, layout, num_steps)
+        branch = state.enter(progress, tensors, layout, num_steps, getattr(self, "cache_device", None))
         caching, decision = (thresh > 0 or speedup is not None) and not state.last, None
         if speedup is not None:
             decision = due(state.times, state.schedule[: state.step], num_steps, count(num_steps, speedup), end=0.0)
@@ -283,7 +302,7 @@ def teacache_forward(
         vars(self).pop("teacache", None)  # what was cached would be too old for a later call
 
     if skip and predict == "hold":
-        hidden = features + branch.predict(progress)
+        hidden = features + branch.predict(progress, sample.device)
     elif not skip:
         # 2. Timestep and class embedding, (batch, channels) or, for a list of timesteps, (batch, frames, channels)
         embedded = []
@@ -335,7 +354,7 @@ def teacache_forward(
 
     # 4. Output convolution
     if skip and predict == "forecast":
-        output = branch.predict(progress).clone()  # the caller may write into it
+        output = branch.predict(progress, sample.device).clone()  # the caller may write into it
     else:
         output = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
         if branch is not None and caching and not skip:
@@ -352,11 +371,19 @@ SETTINGS = (
     "predict",
     "indicator",
     "speedup",
+    "cache_device",
 )
 
 
 def check_settings(
-    num_steps, rel_l1_thresh, coefficients=(1.0, 0.0), domain=None, predict=PREDICT, indicator=INDICATOR, speedup=None
+    num_steps,
+    rel_l1_thresh,
+    coefficients=(1.0, 0.0),
+    domain=None,
+    predict=PREDICT,
+    indicator=INDICATOR,
+    speedup=None,
+    cache_device=None,
 ):
     """ValueError with what to do, for settings that make no sense."""
     if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
@@ -377,6 +404,10 @@ def check_settings(
             f"speedup must lie between 1 and {most:g} for {num_steps} steps, as the first and the last "
             f"are always computed, not {speedup:g}"
         )
+    try:
+        torch.device(cache_device or "cpu")
+    except RuntimeError:
+        raise ValueError(f'cache_device must be None or a device of torch, such as "cpu", not {cache_device}') from None
 
 
 def apply_teacache(
@@ -389,6 +420,7 @@ def apply_teacache(
     indicator=INDICATOR,
     domain=None,
     speedup=None,
+    cache_device=None,
 ):
     """Give this one model TeaCache; others are untouched. Applying it again changes the settings, and starts afresh.
 
@@ -402,6 +434,7 @@ def apply_teacache(
         domain: (lowest, highest) relative change that `coefficients` were fitted to; None: they hold everywhere.
         speedup: instead of a threshold: `num_steps / speedup` steps are computed, rounded. It watches nothing.
             None: `SPEEDUP`, where no threshold is given either.
+        cache_device: keeps what is cached, "cpu" say; None: the device that it was made on.
 
     Raises ValueError for settings that make no sense, and for a model whose forward something else has replaced.
     Returns the model.
@@ -416,10 +449,11 @@ def apply_teacache(
     rel_l1_thresh = default_thresh if rel_l1_thresh is None else rel_l1_thresh
     domain = default_domain if coefficients is None and domain is None else domain
     coefficients = list(default_coefficients if coefficients is None else coefficients)
-    check_settings(num_steps, rel_l1_thresh, coefficients, domain, predict, indicator, speedup)
+    check_settings(num_steps, rel_l1_thresh, coefficients, domain, predict, indicator, speedup, cache_device)
     setattr(model, forward_slot(model), MethodType(teacache_forward, model))
     vars(model).pop("teacache", None)
-    settings = True, int(num_steps), float(rel_l1_thresh), coefficients, domain, predict, indicator, speedup
+    rescaling = float(rel_l1_thresh), coefficients, domain
+    settings = True, int(num_steps), *rescaling, predict, indicator, speedup, cache_device
     for name, value in zip(SETTINGS, settings):
         setattr(model, name, value)
     return model
@@ -440,9 +474,10 @@ def remove_teacache(model):
 def forward_slot(model):
     """The attribute that holds the model's own forward: accelerate's offloading hooks keep it in `_old_forward`."""
     slot = "_old_forward" if "_old_forward" in vars(model) else "forward"
-    current = getattr(model, slot)
-    if getattr(current, "__func__", None) not in (teacache_forward, type(model).forward):
-        raise ValueError("this model's forward was replaced by something else (compiling, a hook): undo that first")
+    own = getattr(getattr(model, slot), "__func__", None) in (teacache_forward, type(model).forward)
+    if not own or getattr(model, "_compiled_call_impl", None) is not None:
+        what = "this model's forward was replaced by something else (a hook, torch.compile)"
+        raise ValueError(f"{what}: undo that first, and compile the blocks in the model instead of the model")
     return slot
 
 
@@ -533,7 +568,20 @@ def load_pipeline(model=MODEL, vae=VAE, device=None, dtype=torch.bfloat16, xform
     return pipeline.to(device=device, dtype=dtype), audio_proj
 
 
-def generate(pipeline, audio_proj, inputs, config, seed, predict, thresh, steps=None, max_clips=None, speedup=None):
+def generate(
+    pipeline,
+    audio_proj,
+    inputs,
+    config,
+    seed,
+    predict,
+    thresh,
+    steps=None,
+    max_clips=None,
+    speedup=None,
+    cache_device=None,
+    quiet=False,
+):
     """The video, clip by clip, each beginning with the last frames of the one before.
 
     Args:
@@ -541,8 +589,9 @@ def generate(pipeline, audio_proj, inputs, config, seed, predict, thresh, steps=
             (frames, window, blocks, channels), `audio_emotion` (frames,) and `num_emotion_classes` of the voice.
         config: memo's configs/inference.yaml as a namespace.
         seed: of the noise, drawn on the CPU.
-        predict, thresh, speedup: of TeaCache, a threshold or a speedup.
+        predict, thresh, speedup, cache_device: of TeaCache, a threshold or a speedup.
         steps, max_clips: fewer than `config` and the voice ask for.
+        quiet: no progress bar.
 
     Returns: frames (frames, height, width, 3), uint8; figures: seconds, steps computed, all steps, and "schedule", the
         numbers of the steps that the last clip computed.
@@ -550,7 +599,8 @@ def generate(pipeline, audio_proj, inputs, config, seed, predict, thresh, steps=
     from tqdm import tqdm
 
     steps = steps or config.inference_steps
-    apply_teacache(pipeline.diffusion_net, steps, thresh, predict=predict, speedup=speedup)
+    settings = {"predict": predict, "speedup": speedup, "cache_device": cache_device}
+    apply_teacache(pipeline.diffusion_net, steps, thresh, **settings)
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     size = config.num_generated_frames_per_clip
@@ -558,7 +608,8 @@ def generate(pipeline, audio_proj, inputs, config, seed, predict, thresh, steps=
     past = inputs.pixel_values.repeat(config.num_init_past_frames, 1, 1, 1)  # (past frames, 3, height, width)
     frames, computed, total = [], 0, 0
     began = time.perf_counter()
-    bar = tqdm(total=clips, unit="clip", desc=f"speedup {speedup:g}" if speedup else f"threshold {thresh:g}")
+    what = f"speedup {speedup:g}" if speedup else f"threshold {thresh:g}"
+    bar = tqdm(total=clips, unit="clip", desc=what, disable=quiet)
     with bar, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # memo is written for diffusers 0.31
         for clip in range(clips):
@@ -593,72 +644,19 @@ def generate(pipeline, audio_proj, inputs, config, seed, predict, thresh, steps=
 
 
 def fail(message):
-    """One line on stderr, exit code 2."""
+    """One line on stderr, exit code 2; with --verbose the traceback of what led to it goes before."""
+    if "--verbose" in sys.argv and sys.exc_info()[0]:
+        traceback.print_exc()
     print(f"{Path(__file__).stem}: {' '.join(str(message).split())}", file=sys.stderr)
     sys.exit(2)
 
 
-def parse(argv=None):
-    """The arguments, checked as far as they can be before anything is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.error = fail
-    add = parser.add_argument
-    add("--config", default=CONFIG, help="memo's configs/inference.yaml, or one like it")
-    add("--input_image", "--input-image", default=INPUT_IMAGE, help="portrait")
-    add("--input_audio", "--input-audio", default=INPUT_AUDIO, help="voice, best as wav")
-    add("--output_dir", "--output-dir", type=Path, default=OUTPUT_DIR, help="<image>_<audio>.mp4 is written there")
-    add("--seed", type=int, default=SEED)
-    add("--rel_l1_thresh", "--rel-l1-thresh", type=float, help=f"default: {REL_L1_THRESH}")
-    add("--speedup", type=float, help="instead of a threshold: 2 computes exactly half of the steps")
-    add("--predict", choices=["hold", "forecast"], default=PREDICT, help="what stands in for a skipped step")
-    add("--compare", type=float, nargs="+", metavar="T", help="one panel for each threshold, side by side")
-    add("--overwrite", action="store_true", help="replace an output that exists")
-    args = parser.parse_args(argv)
-
-    spec = importlib.util.find_spec("memo")
-    if spec is None:
-        fail(f"memo is not installed: {INSTALL_MEMO}")
-    beside_memo = Path(next(iter(spec.submodule_search_locations or [""]))).parent
-    if spec.origin is None:
-        fail(
-            f"the folder memo in {beside_memo} hides the installed memo: run this from, and keep it in, another folder"
-        )
-    for name in ("config", "input_image", "input_audio"):
-        path = getattr(args, name)
-        path = Path(path if os.path.exists(path) else beside_memo / path)
-        if not os.path.isfile(path):
-            fail(f"no file {getattr(args, name)}: give --{name}")
-        setattr(args, name, path)
-    for tool in ("prepare_memo", *(["compare_memo"] if args.compare else [])):
-        try:
-            setattr(args, tool, importlib.import_module(f"{__package__}.{tool}" if __package__ else tool))
-        except ImportError as error:
-            fail(f"{tool}.py must lie beside this script, and Pillow be installed: {error}")
-    if args.speedup is not None and (args.compare or args.rel_l1_thresh is not None):
-        fail("give --speedup or thresholds, not both")
-    if args.rel_l1_thresh is None and not args.compare:
-        args.speedup = SPEEDUP if args.speedup is None else args.speedup
-    args.rel_l1_thresh = REL_L1_THRESH if args.rel_l1_thresh is None and args.speedup is None else args.rel_l1_thresh
-    # threshold 0 comes first: it is what the others are measured against
-    args.thresholds = list(dict.fromkeys([0.0, *args.compare])) if args.compare else [args.rel_l1_thresh]
+def beside(name, flag):
+    """A module that lies beside this script, for the flag that needs it."""
     try:
-        args.config = args.prepare_memo.read_config(args.config)
-        args.prepare_memo.check_image(args.input_image)
-        for thresh in (args.rel_l1_thresh, *args.thresholds):
-            check_settings(args.config.inference_steps, thresh or 0, speedup=args.speedup)
+        return importlib.import_module(f"{__package__}.{name}" if __package__ else name)
     except ImportError as error:
-        fail(f"memo needs a package that is missing ({error}): {INSTALL_MEMO}")
-    except ValueError as error:  # BadInput is one
-        fail(error)
-    if not 0 <= args.seed < 2**63:
-        fail(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
-    name = f"{args.input_image.name.split('.')[0]}_{args.input_audio.name.split('.')[0]}"  # as memo names it
-    args.output = args.output_dir / f"{name}{'_compare' if args.compare else ''}.mp4"
-    try:
-        args.prepare_memo.check_output(args.output, args.overwrite)
-    except (OSError, ValueError) as error:
-        fail(f"cannot write {args.output}: {error}")
-    return args
+        fail(f"{flag} needs {name}.py beside this script, and what that imports: {error}")
 
 
 def explain(speedup, computed):
@@ -668,32 +666,34 @@ def explain(speedup, computed):
 
 
 def main(argv=None):
-    args = parse(argv)
-    config, tool = args.config, args.prepare_memo
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.weight_dtype, torch.float32)  # as memo
-    xformers = config.enable_xformers_memory_efficient_attention
-    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said below, in one line
+    options = beside("options_memo", "the command line")
+    args = options.parse(argv)
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said here, in one line
+    try:
+        run(args, options)
+    except OSError as error:
+        fail(f"cannot write {args.output}: {error}")
+    except Exception as error:
+        if not options.is_out_of_memory(error):
+            raise
+        fail(options.why(error, args))
+
+
+def run(args, options):
+    if args.pairs:
+        sys.exit(args.tool.draw(args, options.load, load_pipeline, generate, options.why))
     with tempfile.TemporaryDirectory(prefix="teacache_memo_") as folder:
-        doing = "prepare the portrait and the voice"
-        try:
-            import_memo()
-            inputs = tool.prepare(args.input_image, args.input_audio, config, Path(folder))
-            doing = f"load {config.model_name_or_path} with the VAE {config.vae}: right folder, Hub in reach?"
-            pipeline, audio_proj = load_pipeline(config.model_name_or_path, config.vae, dtype=dtype, xformers=xformers)
-        except ImportError as error:
-            fail(f"memo, or a package that it needs, cannot be imported ({error}): {INSTALL_MEMO}")
-        except Exception as error:
-            fail(error if isinstance(error, tool.BadInput) else f"could not {doing} ({type(error).__name__}: {error})")
-        run = functools.partial(generate, pipeline, audio_proj, inputs, config, args.seed, args.predict)
-        try:
-            if args.compare:
-                args.compare_memo.compare(run, inputs, args, tool.write_video)
-                return
-            frames, figures = run(args.rel_l1_thresh, speedup=args.speedup)
-            frames = frames[: inputs.length]
-            tool.write_video(frames, args.output, config.fps, inputs.sound)
-        except OSError as error:
-            fail(f"cannot write {args.output}: {error}")
+        inputs = options.prepare(args, args.input_image, args.input_audio, Path(folder))
+        pipeline, audio_proj = options.load(args, load_pipeline)
+        made = functools.partial(generate, pipeline, audio_proj, inputs, args.config, args.seed, args.predict)
+        made = functools.partial(made, cache_device=args.cache_device)
+        write_video = args.prepare_memo.write_video
+        if args.compare:
+            args.tool.compare(made, inputs, args, write_video)
+            return
+        frames, figures = made(args.rel_l1_thresh, speedup=args.speedup)
+        frames = frames[: inputs.length]
+        write_video(frames, args.output, args.config.fps, inputs.sound)
     computed, steps, each = figures["computed"], figures["steps"], figures["seconds"] / len(frames)
     if args.speedup is not None:
         print(explain(args.speedup, figures["schedule"]))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lumina_models import conditioning, denoise, tiny_model
 from PIL import Image
 
-from TeaCache4LuminaT2X import calibrate_lumina2, teacache_lumina2
+from TeaCache4LuminaT2X import calibrate_lumina2, options_lumina2, teacache_lumina2
 from TeaCache4LuminaT2X.calibrate_lumina2 import Recorder, fit
 
 pytest.importorskip("matplotlib")
@@ -135,7 +135,7 @@ def test_command(run, tmp_path):
     shutil.copytree(BUNDLED, model)
     shutil.copy("lumina2_calibration.json", model / "teacache.json")
     for predict in ("hold", "forecast"):
-        args = teacache_lumina2.parse(["--model", str(model), "--predict", predict])
+        args = options_lumina2.parse(["--model", str(model), "--predict", predict])
         found = fits[predict]["modulated"]
         assert args.coefficients == found["coefficients"] and args.domain == found["domain"]
 
@@ -146,13 +146,13 @@ def test_a_broken_file_in_the_model_folder_does_not_keep_from_calibrating(run, t
     shutil.copytree(BUNDLED, model)
     (model / "teacache.json").write_text("{")
     with pytest.raises(SystemExit):
-        teacache_lumina2.parse(["--model", str(model)])
-    assert teacache_lumina2.parse(["--model", str(model), "--speedup", "2"]).coefficients is None
+        options_lumina2.parse(["--model", str(model)])
+    assert options_lumina2.parse(["--model", str(model), "--speedup", "2"]).coefficients is None
     assert "COEFFICIENTS = " in run("--model", str(model))
 
 
 def test_a_failed_load_leaves_nothing_behind(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: teacache_lumina2.fail("out of memory"))
+    monkeypatch.setattr(options_lumina2, "load_pipeline", lambda args: teacache_lumina2.fail("out of memory"))
     with pytest.raises(SystemExit):
         run()
     assert [p.name for p in tmp_path.iterdir()] == ["prompts.txt"]
@@ -169,7 +169,7 @@ def test_changes_that_are_not_finite_are_neither_fitted_nor_drawn(tmp_path):
 
 def test_interrupted_it_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     run("--output", "whole")
-    drawn, load = [], teacache_lumina2.load_pipeline
+    drawn, load = [], options_lumina2.load_pipeline
 
     def load_and_stop_at(stop):
         def loaded(args):
@@ -191,17 +191,17 @@ def test_interrupted_it_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
 
         return loaded
 
-    monkeypatch.setattr(teacache_lumina2, "load_pipeline", load_and_stop_at(2))
+    monkeypatch.setattr(options_lumina2, "load_pipeline", load_and_stop_at(2))
     with pytest.raises(SystemExit) as stopped:
         run("--output", "parts")
     assert stopped.value.code == 130
     with (tmp_path / "parts.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"prompt": "fox", "rows": [{"st')  # as a kill in the middle of writing leaves it
-    monkeypatch.setattr(teacache_lumina2, "load_pipeline", load_and_stop_at(99))
+    monkeypatch.setattr(options_lumina2, "load_pipeline", load_and_stop_at(99))
     run("--output", "parts")
     assert drawn == ["red apple", "green apple", "fox"]
     assert (tmp_path / "parts.json").read_text() == (tmp_path / "whole.json").read_text()
-    monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: pytest.fail("nothing is left to draw"))
+    monkeypatch.setattr(options_lumina2, "load_pipeline", lambda args: pytest.fail("nothing is left to draw"))
     run("--output", "parts")
 
 
@@ -223,7 +223,7 @@ def test_interrupted_it_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     ids=str,
 )
 def test_bad_input_is_one_line_before_anything_is_loaded(run, tmp_path, monkeypatch, capsys, arguments, says):
-    monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: pytest.fail("loaded"))
+    monkeypatch.setattr(options_lumina2, "load_pipeline", lambda args: pytest.fail("loaded"))
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "taken.json").write_text("mine")
     (tmp_path / "other.jsonl").write_text('{"settings": {"seed": "1"}}\n')

@@ -13,7 +13,7 @@ from lumina_models import tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from TeaCache4LuminaT2X import compare_lumina2, teacache_lumina2
+from TeaCache4LuminaT2X import compare_lumina2, options_lumina2, teacache_lumina2
 from TeaCache4LuminaT2X.teacache_lumina2 import main
 
 SCRIPT = ROOT / "TeaCache4LuminaT2X" / "teacache_lumina2.py"
@@ -177,7 +177,7 @@ def test_bad_input_is_one_line_before_loading(case, tmp_path, capsys, monkeypatc
     def no_loading(args):
         raise AssertionError("loading began")
 
-    monkeypatch.setattr(teacache_lumina2, "load_pipeline", no_loading)
+    monkeypatch.setattr(options_lumina2, "load_pipeline", no_loading)
     (tmp_path / "file").write_text("kept")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "two_2.png").mkdir()
@@ -227,9 +227,11 @@ def test_a_failed_save_keeps_what_was_there(tmp_path, monkeypatch, capsys):
         raise OSError("disk full")
 
     monkeypatch.setattr(Image.Image, "save", fail_halfway)
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(OSError, match=f"cannot write {path}: disk full"):
         teacache_lumina2.save(Image.new("RGB", (8, 8)), path)
-    assert exit.value.code == 2 and "disk full" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit:
+        main([*FAST, "--output", str(path)])
+    assert exit.value.code == 2 and "disk full" in capsys.readouterr().err.splitlines()[-1]
     assert path.read_bytes() == b"precious" and [p.name for p in tmp_path.iterdir()] == ["out.png"]
 
 
@@ -255,7 +257,7 @@ def test_awkward_prompts_fit_the_table_and_the_strip():
 
 
 def test_generate_leaves_no_tensor(pipeline):
-    args = teacache_lumina2.parse([*FAST, "--rel-l1-thresh", "0.5"])
+    args = options_lumina2.parse([*FAST, "--rel-l1-thresh", "0.5"])
     _, figures = teacache_lumina2.generate(pipeline, args, "fox", 0.5)
     assert tensors_in(pipeline.transformer.teacache) == []
     assert figures["steps"] == 8 and 2 <= figures["computed"] <= 8

@@ -1,0 +1,186 @@
+"""`teacache_lumina2.py --prompts FILE`: a picture for each line of a file, by one process or by several.
+
+    python teacache_lumina2.py --prompts prompts.txt --output pictures
+    accelerate launch teacache_lumina2.py --prompts prompts.txt --output pictures     # shared among all GPUs
+
+A file is named by the number and the words of its line, and drawn with --seed + number - 1. `images.jsonl` has a line
+for each: what it was drawn with, the steps computed, the seconds. Run again, it goes on where it stopped.
+"""
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+JOURNAL = "images.jsonl"
+OUTPUT = Path("teacache_lumina2_pictures")
+SETTINGS = "model transformer lora lora_scale dtype negative_prompt num_inference_steps height width guidance_scale"
+SETTINGS += " cfg_trunc_ratio indicator predict coefficients domain"
+
+
+def read(args):
+    """The lines of --prompts FILE as args.jobs. Raises OSError and ValueError for what cannot be used."""
+    prompts = read_lines(args.prompts)
+    args.output = args.output or OUTPUT
+    settings = {name: getattr(args, name) for name in SETTINGS.split()}
+    settings |= {
+        "dtype": str(args.dtype).removeprefix("torch."),
+        "transformer": args.transformer and str(args.transformer),
+    }
+    given = {"rel_l1_thresh": args.rel_l1_thresh, "speedup": args.speedup, "settings": settings}
+    args.jobs = [
+        {"file": f"{name(i + 1, prompt)}.png", "prompt": prompt, "seed": (args.seed + i) % 2**63, **given}
+        for i, prompt in enumerate(prompts)
+    ]
+    finished(args.jobs, args.output, JOURNAL)
+
+
+def draw(args, load_pipeline, generate, why):
+    """The pictures of args.jobs that are not there yet. Returns the exit code."""
+
+    def start():
+        pipeline = load_pipeline(args)
+        pipeline.set_progress_bar_config(disable=True)
+
+        def make(job, path):
+            image, figures = generate(pipeline, args, job["prompt"], args.rel_l1_thresh, seed=job["seed"])
+            image.save(path)
+            return {name: figures[name] for name in ("computed", "steps", "seconds")}
+
+        return make
+
+    return work(args.jobs, args.output, JOURNAL, start, lambda error: why(error, args), "image", args.device == "cpu")
+
+
+# --- files of many, among processes: the same text for both models ---------------
+
+
+def read_lines(path):
+    """The lines of a UTF-8 file that are not empty; "-" is standard input."""
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: save it as that ({error})") from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"nothing stands in {path}: it takes one a line")
+    return lines
+
+
+def name(number, text):
+    """0001-what-it-says."""
+    words = re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:48].strip("-")
+    return f"{number:04d}-{words}".strip("-")
+
+
+def finished(jobs, folder, journal):
+    """{file: record} of all that lies in `folder`, by its journal; a line that was cut off does not count.
+
+    Raises ValueError where a file of `jobs` was made with other settings, or not by us, and OSError where none can be
+    written: nothing is overwritten.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise OSError(f"cannot write into {folder}: --output must be a folder, and writable")
+    records = {}
+    if (folder / journal).exists():
+        for line in (folder / journal).read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+                records[record["file"]] = record
+            except (ValueError, TypeError, KeyError):
+                continue
+    records = {file: record for file, record in records.items() if (folder / file).is_file()}
+    for job in jobs:
+        record = records.get(job["file"])
+        if record is None and (folder / job["file"]).exists():
+            raise ValueError(
+                f"{folder / job['file']} is there, and not in {journal}: move it, or give another --output"
+            )
+        other = [key for key in job if record is not None and record.get(key) != job[key]]
+        if other:
+            what = f"{folder / job['file']} was made with another {other[0]}"
+            raise ValueError(
+                f"{what}: give another --output ({str(record.get(other[0]))[:80]}, {str(job[other[0]])[:80]})"
+            )
+    return records
+
+
+def work(jobs, folder, journal, start, why, unit, cpu):
+    """Makes what is missing of `jobs`, shared among the processes of `accelerate launch`; the exit code.
+
+    jobs: dicts, alike in all processes, of "file" and of all that decides what will be in it.
+    journal: name of the file that gets a JSON line for each: the job, and what `make` returns.
+    start: called where there is work, and gives make(job, path), which writes the file and returns its figures.
+    why: (error) -> one line about it; unit: of the progress bar; cpu: nothing else is used.
+    A file appears whole or not at all; one that fails is reported, the rest goes on, and the exit code is 1.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+    from tqdm.auto import tqdm
+
+    state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=30))  # the first to end waits for the last
+    records = finished(jobs, folder, journal)
+    todo = [job for job in jobs if job["file"] not in records]
+    state.wait_for_everyone()  # all have read it
+    path, failed = folder / journal, []
+    if state.is_main_process and todo:
+        folder.mkdir(parents=True, exist_ok=True)
+        draft = folder / f".draft-{journal}"
+        draft.write_text("".join(json.dumps(record) + "\n" for record in records.values()), encoding="utf-8")
+        draft.replace(path)
+    state.wait_for_everyone()
+    mine = todo[state.process_index :: state.num_processes]
+    make = start() if mine else None
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit=unit, disable=not (todo and state.is_main_process))
+    with bar, watched(bar, path, bar.n - len(records)):
+        for job in mine:
+            draft = folder / f".draft-{job['file']}"
+            try:
+                line = json.dumps({**job, **make(job, draft)}) + "\n"
+                with path.open("ab", buffering=0) as file:  # one write: lines of several processes do not mix
+                    file.write(line.encode())
+                draft.replace(folder / job["file"])
+            except Exception as error:
+                failed.append(job["file"])
+                bar.write(f"{job['file']} failed: {why(error)}", file=sys.stderr)
+                if "--verbose" in sys.argv:
+                    traceback.print_exc()
+            finally:
+                draft.unlink(missing_ok=True)
+        failed = gather_object(failed)
+    if state.is_main_process:
+        print(f"{len(jobs) - len(failed)} of {len(jobs)} are in {folder}", end="")
+        print(f"; {len(failed)} failed, the same command tries them again" if failed else "")
+    return 1 if failed else 0
+
+
+@contextlib.contextmanager
+def watched(bar, path, offset):
+    """The bar follows the lines of the file `path`, whichever process writes them."""
+    done = threading.Event()
+
+    def follow():
+        while not done.wait(0.5):
+            show()
+
+    def show():
+        bar.n = max(bar.n, offset + path.read_bytes().count(b"\n"))
+        bar.refresh()
+
+    if bar.disable:
+        yield
+        return
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        show()
