@@ -145,7 +145,7 @@ def check(args):
     if by_hardware and args.device != "cuda":
         print(f"No CUDA GPU for torch: drawing with the bundled emoji model. For the real one: --model {script.MODEL}")
     elif args.device == "cpu" and not folder.is_dir():
-        note(f"no GPU: {args.model} will take long, and 21 GB of memory (11 GB with --dtype bfloat16)")
+        note(f"no GPU for torch: {args.model} will take long on this machine; without --model, a small one draws")
     if max(t or 0 for t in args.thresholds) > 1 and args.coefficients != script.COEFFICIENTS_V2:
         note("a threshold above 1 leaves little more than the first and the last step: 0.1 to 0.5, or --speedup 2")
     return args

@@ -1,26 +1,31 @@
-"""The two scripts share nothing at run time: what both have must be the same text."""
+"""The two folders share nothing at run time: what files of both have must be the same text."""
 
 import ast
 
+import pytest
 from conftest import ROOT
 
-DIFFER = {"teacache_forward", "parse", "load_pipeline", "generate", "main"}  # each model's own
-ATTRIBUTES = {"SETTINGS", "DAMPING"}  # module constants that are part of the shared code
-MUST_SHARE = {
-    "Branch",
-    "TeaCacheState",
-    "relative_l1",
-    "rescale",
-    "count",
-    "due",
-    "SETTINGS",
-    "DAMPING",
-    "check_settings",
-    "apply_teacache",
-    "remove_teacache",
-    "forward_slot",
-    "fail",
-    "explain",
+ATTRIBUTES = {"SETTINGS", "DAMPING"}  # module constants that are part of the shared code of the scripts
+PAIRS = {  # file of one model, of the other, what both must have, what differs by design
+    "script": (
+        "TeaCache4LuminaT2X/teacache_lumina2.py",
+        "TeaCache4Memo/teacache_memo.py",
+        {"Branch", "TeaCacheState", "warn_of_steps", "relative_l1", "rescale", "count", "due", "SETTINGS", "DAMPING"}
+        | {"check_settings", "apply_teacache", "remove_teacache", "forward_slot", "fail", "beside", "explain"},
+        {"teacache_forward", "generate", "main", "run"},
+    ),
+    "options": (
+        "TeaCache4LuminaT2X/options_lumina2.py",
+        "TeaCache4Memo/options_memo.py",
+        {"note", "is_out_of_memory"},
+        {"parse", "check", "why"},
+    ),
+    "batch": (
+        "TeaCache4LuminaT2X/batch_lumina2.py",
+        "TeaCache4Memo/batch_memo.py",
+        {"read_lines", "name", "finished", "work", "watched"},
+        {"read", "draw", "SETTINGS"},
+    ),
 }
 
 
@@ -41,26 +46,29 @@ def texts(source):
     return found
 
 
-def differences(one, other):
+def differences(one, other, differ):
     """Names that both sources define, each with another text."""
     one, other = texts(one), texts(other)
-    return {name for name in one.keys() & other.keys() if one[name] != other[name]} - DIFFER
+    return {name for name in one.keys() & other.keys() if one[name] != other[name]} - differ
 
 
-SCRIPTS = read("TeaCache4LuminaT2X/teacache_lumina2.py"), read("TeaCache4Memo/teacache_memo.py")
+@pytest.mark.parametrize("pair", PAIRS)
+def test_what_both_have_is_the_same_text(pair):
+    one, other, must_share, differ = PAIRS[pair]
+    one, other = read(one), read(other)
+    assert differences(one, other, differ) == set()
+    assert must_share <= texts(one).keys() & texts(other).keys()
 
 
-def test_what_both_scripts_have_is_the_same_text():
-    assert differences(*SCRIPTS) == set()
-    assert MUST_SHARE <= texts(SCRIPTS[0]).keys() & texts(SCRIPTS[1]).keys()
-
-
-def test_this_test_sees_a_difference():
+@pytest.mark.parametrize("pair", PAIRS)
+def test_this_test_sees_a_difference(pair):
     """Each shared piece is changed once, by no more than a comment."""
-    for name in MUST_SHARE:
-        text = texts(SCRIPTS[1])[name]
-        assert SCRIPTS[1].count(text) == 1, name
-        assert differences(SCRIPTS[0], SCRIPTS[1].replace(text, text + "  # changed")) == {name}
+    one, other, must_share, differ = PAIRS[pair]
+    one, other = read(one), read(other)
+    for name in must_share:
+        text = texts(other)[name]
+        assert other.count(text) == 1, name
+        assert differences(one, other.replace(text, text + "  # changed"), differ) == {name}
 
 
 def test_scripts_do_not_import_each_other():
