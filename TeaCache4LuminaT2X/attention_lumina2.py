@@ -83,14 +83,19 @@ def grouped_sdpa(query, key, value, mask, scale):
     """torch's attention, (batch, tokens, heads, width of a head) in and out; bit for bit that of repeated heads."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     mask = None if mask is None else mask.bool()[:, None, None]
-    grouped = query.device.type == "cpu"  # on other devices a kernel that cannot do it would give way to a slow one
-    if query.is_cuda:
-        given = torch.backends.cuda.SDPAParams(query, key, value, mask, 0.0, False, True)
-        grouped = torch.backends.cuda.can_use_flash_attention(given)
+    grouped = is_served(query, key, value, mask)
     if not grouped:
         key, value = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (key, value))
     hidden = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=grouped)
     return hidden.transpose(1, 2)
+
+
+def is_served(query, key, value, mask):
+    """Whether a fast kernel takes fewer heads for keys and values; another would give way to one that is slow."""
+    if query.is_cuda:
+        given = torch.backends.cuda.SDPAParams(query, key, value, mask, 0.0, False, True)
+        return torch.backends.cuda.can_use_flash_attention(given)
+    return query.device.type == "cpu"
 
 
 def check_attention(kind, device, dtype):

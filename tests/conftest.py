@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+GPUS = {key: value for key, value in os.environ.items() if key == "CUDA_VISIBLE_DEVICES"}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-for-bit figures are the CPU's, also where there is a GPU
 
 import pytest
