@@ -145,14 +145,14 @@ class TeaCacheState:
         if time != self.time:
             self.branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
             goes_on = any(b.tensors[-1] is tensors[-1] or b.has(tensors) for b in self.branches)
+            if self.last and time > self.time:
+                warn_of_steps(f"a generation goes on after the {num_steps} of num_steps")
+            elif not self.last and self.step >= 0 and (time < self.time or not goes_on):
+                warn_of_steps(f"a generation ended after {self.step + 1} steps, and num_steps is {num_steps}")
             if time < self.time or not goes_on:
-                if 0 <= self.step < num_steps - 1:
-                    warn_of_steps(f"a generation ended after {self.step + 1} steps, and num_steps is {num_steps}")
                 self.reset()
             self.step, self.time, self.compute = self.step + 1, time, None
             self.times.append(time)
-            if self.step == num_steps:
-                warn_of_steps(f"a generation goes on after the {num_steps} of num_steps")
         self.last = self.step >= num_steps - 1
         if self.last:
             self.branches = []
@@ -191,7 +191,7 @@ class TeaCacheState:
 
 
 def warn_of_steps(what):
-    warnings.warn(f"TeaCache: {what}. Unless it was interrupted, give num_steps as num_inference_steps", stacklevel=4)
+    warnings.warn(f"TeaCache: {what}. Unless it was interrupted, give num_steps as num_inference_steps", stacklevel=3)
 
 
 def relative_l1(new, old):
