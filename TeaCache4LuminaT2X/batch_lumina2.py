@@ -9,6 +9,7 @@ for each: what it was drawn with, the steps computed, the seconds. Run again, it
 
 import contextlib
 import datetime
+import importlib
 import json
 import os
 import re
@@ -127,6 +128,9 @@ def work(jobs, folder, journal, start, why, unit, cpu):
     state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=30))  # the first to end waits for the last
     records = finished(jobs, folder, journal)
     todo = [job for job in jobs if job["file"] not in records]
+    if not state.is_main_process:  # one progress bar is enough
+        for library in ("diffusers", "transformers"):
+            importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
     state.wait_for_everyone()  # all have read it
     path, failed = folder / journal, []
     if state.is_main_process and todo:

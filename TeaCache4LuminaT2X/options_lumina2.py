@@ -143,7 +143,7 @@ def check(args):
     else:
         args.outputs = outputs(args)
     if by_hardware and args.device != "cuda":
-        print(f"No CUDA GPU for torch: drawing with the bundled emoji model. For the real one: --model {script.MODEL}")
+        tell(f"No CUDA GPU for torch: drawing with the bundled emoji model. For the real one: --model {script.MODEL}")
     elif args.device == "cpu" and not folder.is_dir():
         note(f"no GPU for torch: {args.model} will take long on this machine; without --model, a small one draws")
     if max(t or 0 for t in args.thresholds) > 1 and args.coefficients != script.COEFFICIENTS_V2:
@@ -151,9 +151,15 @@ def check(args):
     return args
 
 
+def tell(message, file=None):
+    """One line, from the first of several processes; the run goes on."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=file)
+
+
 def note(message):
     """One line on stderr; the run goes on."""
-    print(f"{Path(script.__file__).stem}: note: {message}", file=sys.stderr)
+    tell(f"{Path(script.__file__).stem}: note: {message}", sys.stderr)
 
 
 def is_hub_name(text):
@@ -197,8 +203,7 @@ def load_pipeline(args):
         if args.attention:
             args.attention_tool.set_attention(pipeline.transformer, args.attention)
         if args.vae_tiling:
-            pipeline.vae.enable_tiling()
-            pipeline.vae.enable_slicing()
+            tile(pipeline.vae)
         device = f"cuda:{torch.cuda.current_device()}" if args.device == "cuda" else args.device
         if args.offload == "model":
             pipeline.enable_model_cpu_offload(device=device)
@@ -216,6 +221,17 @@ def load_pipeline(args):
     finally:
         logging.set_verbosity(verbosity)
     return pipeline
+
+
+def tile(vae):
+    """Decode in tiles of at most 512 pixels, and one picture at a time.
+
+    The tiles of Lumina-Image-2.0's VAE are of 1024 pixels as they come: a picture of that size is one of them.
+    """
+    vae.enable_tiling()
+    vae.enable_slicing()
+    vae.tile_sample_min_size = min(vae.tile_sample_min_size, 512)
+    vae.tile_latent_min_size = vae.tile_sample_min_size // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def hint(error, what, args):

@@ -608,6 +608,9 @@ def main(argv=None):
         run(args, options)
     except OSError as error:
         fail(error)
+    except KeyboardInterrupt:
+        print("\nstopped" + ": the same command goes on from here" * bool(args.prompts), file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if not options.is_out_of_memory(error):
             raise
@@ -615,11 +618,11 @@ def main(argv=None):
 
 
 def run(args, options):
+    if args.fitted:
+        options.tell(f"Coefficients for {args.indicator}: {args.fitted}")
     if args.prompts:
         sys.exit(args.tool.draw(args, options.load_pipeline, generate, options.why))
     pipeline = options.load_pipeline(args)
-    if args.fitted:
-        print(f"Coefficients for {args.indicator}: {args.fitted}")
     if args.compare:
         args.tool.compare(functools.partial(generate, pipeline, args), args, save)
         return

@@ -108,9 +108,15 @@ def check(args):
     return args
 
 
+def tell(message, file=None):
+    """One line, from the first of several processes; the run goes on."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=file)
+
+
 def note(message):
     """One line on stderr; the run goes on."""
-    print(f"{Path(script.__file__).stem}: note: {message}", file=sys.stderr)
+    tell(f"{Path(script.__file__).stem}: note: {message}", sys.stderr)
 
 
 def find(beside_memo, given, flag):

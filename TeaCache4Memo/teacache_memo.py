@@ -673,6 +673,9 @@ def main(argv=None):
         run(args, options)
     except OSError as error:
         fail(f"cannot write {args.output}: {error}")
+    except KeyboardInterrupt:
+        print("\nstopped" + ": the same command goes on from here" * bool(args.pairs), file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if not options.is_out_of_memory(error):
             raise

@@ -123,6 +123,25 @@ def test_vae_tiling(tmp_path):
     assert tiled.vae.use_tiling and tiled.vae.use_slicing
 
 
+@pytest.mark.parametrize("sample_size, pixels, tiles", [(1024, 1024, 9), (1024, 512, 1), (128, 256, 9)])
+def test_tiles(sample_size, pixels, tiles):
+    """At most 512 pixels each, so that a picture of 1024 is decoded in several; together they are the picture."""
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    vae = AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=2, sample_size=sample_size, **blocks).eval()
+    latents = torch.randn(1, 4, pixels // 8, pixels // 8)
+    sizes = []
+    vae.decoder.register_forward_hook(lambda module, inputs, output: sizes.append(output.shape[-1]))
+    with torch.no_grad():
+        vae.decode(latents)
+        options_lumina2.tile(vae)
+        del sizes[:]
+        decoded = vae.decode(latents).sample
+    assert decoded.shape == (1, 3, pixels, pixels)
+    assert len(sizes) == tiles and max(sizes) <= min(sample_size, 512)
+
+
 def test_attention(tmp_path):
     main([*FAST, "--attention", "sdpa", "--output", str(tmp_path / "a.png")])
     main([*FAST, "--output", str(tmp_path / "b.png")])

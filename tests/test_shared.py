@@ -17,7 +17,7 @@ PAIRS = {  # file of one model, of the other, what both must have, what differs 
     "options": (
         "TeaCache4LuminaT2X/options_lumina2.py",
         "TeaCache4Memo/options_memo.py",
-        {"note", "is_out_of_memory"},
+        {"tell", "note", "is_out_of_memory"},
         {"parse", "check", "why"},
     ),
     "batch": (
