@@ -232,7 +232,9 @@ def test_two_processes_draw_what_one_draws(here):
     two = two_processes(*command, "--output", "two")
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("4 of 4 are in two") == 1, "said once"
-    assert {n: b for n, b in files("one").items() if n in FILES} == {n: b for n, b in files("two").items() if n in FILES}
+    assert {n: b for n, b in files("one").items() if n in FILES} == {
+        n: b for n, b in files("two").items() if n in FILES
+    }
     assert sorted(r["file"] for r in records("two")) == FILES
     bars = [line for line in two.stderr.replace("\r", "\n").splitlines() if "image/s" in line or "s/image" in line]
     assert "4/4" in bars[-1]

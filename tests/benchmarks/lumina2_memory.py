@@ -89,14 +89,20 @@ def peak(model, run):
     return living.peak
 
 
-def count(config, dtype, height, width):
-    """Bytes of activations by part, the cache of a guided generation, and bytes of weights by part."""
+def weights_of(config, dtype):
+    """{part: (bytes of all its weights, most of a single module)}."""
     transformer, vae, text = config
     with torch.device("meta"):
         whole = Lumina2Transformer2DModel(**transformer, num_layers=LAYERS, num_refiner_layers=REFINERS)
         models = {"transformer": whole, "vae": AutoencoderKL(**vae), "text_encoder": Gemma2Model(Gemma2Config(**text))}
     size = torch.finfo(dtype).bits // 8
-    weights = {name: [n * size for n in parameters(model)] for name, model in models.items()}
+    return {name: tuple(n * size for n in parameters(model)) for name, model in models.items()}
+
+
+def count(config, dtype, height, width):
+    """Bytes of activations by part, the cache of a guided generation, and bytes of weights by part."""
+    transformer, vae, text = config
+    size, weights = torch.finfo(dtype).bits // 8, weights_of(config, dtype)
 
     latents = torch.randn(1, 16, height // 8, width // 8, dtype=dtype)
     caption = torch.randn(1, TOKENS, transformer["cap_feat_dim"], dtype=dtype), torch.ones(1, TOKENS, dtype=torch.long)
