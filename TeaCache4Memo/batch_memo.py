@@ -132,7 +132,7 @@ def work(jobs, folder, journal, start, why, unit, cpu):
     from accelerate.utils import gather_object
     from tqdm.auto import tqdm
 
-    state = PartialState(cpu=cpu, timeout=datetime.timedelta(days=30))  # the first to end waits for the last
+    state = PartialState(cpu=cpu, timeout=datetime.timedelta(hours=12))  # for the last to end
     records = finished(jobs, folder, journal)
     todo = [job for job in jobs if job["file"] not in records]
     if not state.is_main_process:  # one progress bar is enough

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -46,6 +48,17 @@ def tensors_in(thing, seen=None):
     if isinstance(thing, (list, tuple)):
         return [t for item in thing for t in tensors_in(item, seen)]
     return tensors_in(vars(thing), seen) if hasattr(thing, "__dict__") else []
+
+
+def two_processes(*command, **env):
+    """A script under accelerate launch, with two processes on the CPU; finished, or killed after five minutes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
+    command = [str(word) for word in (*launcher, "--main_process_port", port, *command)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 
 def equal(a, b):

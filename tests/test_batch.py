@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import BUNDLED, ROOT
+from conftest import BUNDLED, ROOT, two_processes
 from PIL import Image
 
 from TeaCache4LuminaT2X import batch_lumina2, options_lumina2, teacache_lumina2
@@ -214,20 +214,11 @@ def test_names(text, expected):
     assert batch_lumina2.name(7, text) == expected
 
 
-def launch(*command, **env):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, env=env)
-
-
-def two_processes(*command):
-    """accelerate launch, with two processes on the CPU."""
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", 0]
-    return launch(*launcher, *command)
-
-
 def test_two_processes_draw_what_one_draws(here):
     command = [SCRIPT, *FAST, "--prompts", "prompts.txt"]
-    one = launch(*command, "--output", "one")
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one = [sys.executable, *map(str, command), "--output", "one"]
+    one = subprocess.run(one, capture_output=True, text=True, env=env)
     assert one.returncode == 0, one.stderr
     two = two_processes(*command, "--output", "two")
     assert two.returncode == 0, two.stderr
