@@ -82,7 +82,7 @@ DAMPING = 0.5  # of the forecast, see Branch.predict
 class Branch:
     """What is remembered for one conditioning of a running generation; guidance in two passes has two of them."""
 
-    def __init__(self, tensors, layout, device):
+    def __init__(self, tensors, layout, device=None):
         self.tensors, self.layout = tensors, layout  # what it is known by
         self.device = device  # keeps what is cached; None: wherever that was made
         self.step = -1  # the last step that called it
@@ -574,6 +574,7 @@ def generate(pipeline, args, prompt, thresh, steps=None, seed=None):
     steps = steps or args.num_inference_steps
     names = "coefficients", "predict", "indicator", "domain", "speedup", "cache_device"
     apply_teacache(pipeline.transformer, steps, thresh, **{name: getattr(args, name) for name in names})
+    generator = torch.Generator().manual_seed(args.seed if seed is None else seed)  # CPU: equal noise on every device
     synchronize = getattr(torch, args.device).synchronize
     synchronize()
     began = time.perf_counter()
@@ -585,9 +586,7 @@ def generate(pipeline, args, prompt, thresh, steps=None, seed=None):
         num_inference_steps=steps,
         guidance_scale=args.guidance_scale,
         cfg_trunc_ratio=args.cfg_trunc_ratio,
-        generator=torch.Generator().manual_seed(
-            args.seed if seed is None else seed
-        ),  # on the CPU: the same noise on every device
+        generator=generator,
     ).images[0]
     synchronize()
     schedule = pipeline.transformer.teacache.schedule
@@ -618,11 +617,11 @@ def main(argv=None):
 
 
 def run(args, options):
+    pipeline = None if args.prompts else options.load_pipeline(args)  # for a file, once it is known what is missing
     if args.fitted:
         options.tell(f"Coefficients for {args.indicator}: {args.fitted}")
     if args.prompts:
         sys.exit(args.tool.draw(args, options.load_pipeline, generate, options.why))
-    pipeline = options.load_pipeline(args)
     if args.compare:
         args.tool.compare(functools.partial(generate, pipeline, args), args, save)
         return

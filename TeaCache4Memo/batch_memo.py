@@ -74,7 +74,7 @@ def read_lines(path):
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: save it as that ({error})") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"nothing stands in {path}: it takes one a line")
     return lines

@@ -67,7 +67,7 @@ INSTALL_MEMO = "git clone https://github.com/memoavatar/memo && pip install -e m
 class Branch:
     """What is remembered for one conditioning of a running generation; guidance in two passes has two of them."""
 
-    def __init__(self, tensors, layout, device):
+    def __init__(self, tensors, layout, device=None):
         self.tensors, self.layout = tensors, layout  # what it is known by
         self.device = device  # keeps what is cached; None: wherever that was made
         self.step = -1  # the last step that called it

@@ -102,8 +102,8 @@ def test_the_forecast_itself():
     branch = Branch((), ())
     for time, value in ((0.0, 1.0), (2.0, 3.0)):
         branch.remember(time, torch.tensor([value]), "forecast")
-    assert branch.predict(3.0).item() == pytest.approx(3 + 2 * 0.5 / 1.25)
-    assert branch.predict(6.0).item() == pytest.approx(3 + 2 * 2 / 2)
+    assert branch.predict(3.0, "cpu").item() == pytest.approx(3 + 2 * 0.5 / 1.25)
+    assert branch.predict(6.0, "cpu").item() == pytest.approx(3 + 2 * 2 / 2)
 
 
 def test_an_extra_computation_is_made_up_for():

@@ -133,7 +133,7 @@ def count(config, dtype, height, width):
             activations[name] = peak(model, lambda model=model: model.decode(latents))
         model = Gemma2Model(Gemma2Config(**text)).eval()
         ids = torch.ones(1, TOKENS, dtype=torch.long)
-        activations["text_encoder"] = peak(model, lambda: model(ids, output_hidden_states=True))
+        activations["text_encoder"] = peak(model, lambda: model(ids, output_hidden_states=True, use_cache=False))
     torch.set_default_dtype(torch.float32)
     return activations, cache, weights
 
