@@ -1,9 +1,9 @@
 """`teacache_lumina2.py --attention`: Lumina2's attention without repeated heads and without padding.
 
-Lumina2 has fewer heads for keys and values than for queries (8 for 24 in the released model), and diffusers repeats them
-up to the queries' number before each attention. Here they stay as they are:
+Lumina2 has fewer heads for keys and values than for queries (8 for 24 in the released model), and diffusers repeats
+them up to the queries' number before each attention. Here they stay as they are:
 
-    sdpa   torch's scaled_dot_product_attention with `enable_gqa`, where a kernel serves it; else repeated, as diffusers
+    sdpa   the default: torch's scaled_dot_product_attention with `enable_gqa`, where a kernel serves it; else repeated, as diffusers
     flash  flash_attn_varlen_func of flash-attn: in a batch of unequal prompts, padding is not attended at all
 
 `flash` needs CUDA and half precision; it is tested on a CPU through a function of the same signature, and a test that
@@ -14,7 +14,6 @@ runs the real one is skipped where flash-attn is missing. It has not been run on
 """
 
 import importlib
-import importlib.util
 
 import torch
 import torch.nn.functional as F
@@ -63,20 +62,19 @@ class GroupedAttention:
     def varlen(self, query, key, value, mask, scale):
         """The batch as one row of tokens, padding left out; `cumulative` says where each sequence begins and ends."""
         batch, tokens = query.shape[:2]
+        packed = [x.flatten(0, 1) for x in (query, key, value)]  # (tokens of all, heads, width of a head)
         if mask is None:
             cumulative = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=query.device)
-            packed = [x.flatten(0, 1) for x in (query, key, value)]
         else:
             mask = mask.bool()
             cumulative = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-            packed = [x[mask] for x in (query, key, value)]  # (tokens that count, heads, width of a head)
-        # `tokens` is at least the longest, which is all that is asked of it: nothing is read back from the GPU
+            index = mask.flatten().nonzero().squeeze(1)  # the one thing that waits for the GPU
+            packed = [x.index_select(0, index) for x in packed]
+        # the longest sequence may be said too long: `tokens` need not be read back
         out = self.flash(*packed, cumulative, cumulative, tokens, tokens, softmax_scale=scale)
-        if mask is None:
-            return out.unflatten(0, (batch, tokens))
-        hidden = torch.zeros_like(query)
-        hidden[mask] = out
-        return hidden
+        if mask is not None:
+            out = out.new_zeros(batch * tokens, *out.shape[1:]).index_copy(0, index, out)
+        return out.unflatten(0, (batch, tokens))
 
 
 def grouped_sdpa(query, key, value, mask, scale):
@@ -106,8 +104,14 @@ def check_attention(kind, device, dtype):
         raise ValueError("--attention flash needs a CUDA GPU, and torch sees none: leave it out")
     if dtype not in (torch.float16, torch.bfloat16):
         raise ValueError("--attention flash needs half precision: --dtype bfloat16")
-    if importlib.util.find_spec("flash_attn") is None:
-        raise ValueError("--attention flash needs flash-attn: pip install flash-attn --no-build-isolation")
+    if torch.cuda.get_device_capability() < (8, 0):
+        raise ValueError("--attention flash needs a GPU of NVIDIA's Ampere generation or newer: leave it out")
+    try:
+        importlib.import_module("flash_attn")
+    except ImportError as error:  # missing, or built for another torch
+        raise ValueError(
+            f"--attention flash needs flash-attn ({error}): pip install flash-attn --no-build-isolation"
+        ) from None
 
 
 def set_attention(transformer, kind):

@@ -275,6 +275,10 @@ def main(argv=None):
         draw(rows, fits[args.predict], args.predict, args.files["png"])
     except (OSError, ValueError) as error:
         fail(error)
+    except RuntimeError as error:
+        if not options.is_out_of_memory(error):
+            raise
+        fail(options.why(error, args))
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from here", file=sys.stderr)
         sys.exit(130)

@@ -5,10 +5,12 @@ Nothing happens at import. The constants that are edited stand in the script.
 
 import argparse
 import importlib
+import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -22,7 +24,7 @@ fail, beside = script.fail, script.beside
 
 def parse(argv=None):
     """The arguments, checked as far as they can be before anything is loaded."""
-    parser = argparse.ArgumentParser(description=script.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=script.__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
     add = parser.add_argument
     add("--model", help=f"folder or Hub name; default {script.MODEL} on a CUDA GPU, else the bundled emoji model")
@@ -48,7 +50,7 @@ def parse(argv=None):
     add("--cfg-trunc-ratio", type=float, default=script.CFG_TRUNC_RATIO)
     add("--seed", type=int, default=script.SEED)
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on a GPU, float32 on a CPU")
-    add("--attention", choices=["sdpa", "flash"], help="without repeated heads; flash: by flash-attn, without padding")
+    add("--attention", choices=["sdpa", "flash"], default="sdpa", help="flash: by flash-attn, without padding")
     add("--compile", action="store_true", help="torch.compile the blocks: a slow first picture, faster ones after it")
     add("--offload", choices=["none", "model", "sequential"], default="none", help="keep weights off the GPU")
     add("--vae-tiling", action="store_true", help="decode in tiles: less memory for large pictures")
@@ -96,9 +98,8 @@ def check(args):
             args.coefficients, args.domain, args.fitted = script.coefficients_of(path, args.indicator, args.predict)
         for thresh in (args.rel_l1_thresh, *args.thresholds):
             script.check_settings(args.num_inference_steps, thresh or 0, speedup=args.speedup)
-        if args.attention:
-            args.attention_tool = beside("attention_lumina2", "--attention")
-            args.attention_tool.check_attention(args.attention, args.device, args.dtype)
+        args.attention_tool = beside("attention_lumina2", "the command line")
+        args.attention_tool.check_attention(args.attention, args.device, args.dtype)
     except ValueError as error:
         fail(error)
     for name in ("height", "width"):
@@ -114,24 +115,34 @@ def check(args):
         fail(f"--seed must be a whole number from 0 to 2^63 - 1, not {args.seed}")
     if args.offload != "none" and args.device == "cpu":
         fail(f"--offload {args.offload} moves weights to a GPU when they are needed, and there is none: leave it out")
-    on_hub = args.model == script.MODEL or is_hub_name(args.model)
+    if args.compile:
+        check_compiler(args)
+    on_hub, longest = args.model == script.MODEL or is_hub_name(args.model), [math.inf]
     if not folder.is_dir() and not on_hub:
         fail(f"no model folder {args.model}: give a folder saved by diffusers, or a Hub name such as {script.MODEL}")
     if folder.is_dir():
         index = folder / "model_index.json"
         if not index.is_file():
             fail(f"{args.model} has no model_index.json: give a pipeline folder saved by diffusers")
-        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        try:
+            kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+            config = folder / "transformer" / "config.json"
+            longest = (
+                json.loads(config.read_text(encoding="utf-8"))["axes_lens"][1:] if config.is_file() else [math.inf]
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            fail(f"{args.model} is broken, download it anew: {index} or the transformer's config.json ({error!r})")
         if kind not in ("Lumina2Pipeline", "Lumina2Text2ImgPipeline"):
             fail(f"{args.model} is a {kind}: give a Lumina2Pipeline, such as {script.MODEL}")
-    config = folder / "transformer" / "config.json"
-    limit = 16 * min(json.loads(config.read_text())["axes_lens"][1:]) if config.is_file() else math.inf
+    limit = 16 * min(longest)
     if max(args.height or 0, args.width or 0) > limit:
         fail(f"{args.model} draws at most {limit} pixels in height and width, the length of its rotary embedding")
     if args.transformer and not args.transformer.is_file():
         fail(f"no checkpoint file {args.transformer}")
     if args.lora and not Path(args.lora).is_file() and not is_hub_name(args.lora):
         fail(f"no LoRA file {args.lora}: give a .safetensors file, or a Hub name")
+    if args.lora and importlib.util.find_spec("peft") is None:
+        fail("--lora needs peft: pip install peft")
     if args.compare:
         args.tool = beside("compare_lumina2", "--compare")
     if args.prompts:
@@ -149,6 +160,17 @@ def check(args):
     if max(t or 0 for t in args.thresholds) > 1 and args.coefficients != script.COEFFICIENTS_V2:
         note("a threshold above 1 leaves little more than the first and the last step: 0.1 to 0.5, or --speedup 2")
     return args
+
+
+def check_compiler(args):
+    """One line where torch.compile would find no compiler, or is of no use."""
+    if args.offload == "sequential":
+        fail("--compile and --offload sequential: layers that move one by one are not compiled, leave one of them out")
+    names = [name for name in (os.environ.get("CXX"), "g++", "clang++", "cl") if name]
+    if args.device == "cpu" and not any(map(shutil.which, names)):
+        fail("--compile needs a C++ compiler on a CPU, such as g++: install one, or leave it out")
+    if args.device == "cuda" and importlib.util.find_spec("triton") is None:
+        fail("--compile needs Triton on a GPU: pip install triton (on Windows triton-windows), or leave it out")
 
 
 def tell(message, file=None):
@@ -238,9 +260,9 @@ def hint(error, what, args):
     """What to do about an error of loading, and its first line."""
     text = str(error).strip()
     if isinstance(error, ImportError) or "Failed to import" in text:
-        todo = "a package is missing or too old, pip install --upgrade -r requirements.txt"
-    elif "gated" in text.lower() or "401" in text:
-        todo = "ask for access on its page, and log in with `hf auth login`"
+        todo = f"a package is missing or too old, pip install --upgrade -r {script.REQUIREMENTS}"
+    elif re.search(r"gated repo|\b401 Client Error", text):
+        todo = "ask for access on its page, and log in: hf auth login, or huggingface-cli login where that is older"
     elif what == args.lora:
         todo = "is it a LoRA for Lumina2's transformer, the Hub in reach?"
     elif what != args.model:
@@ -254,16 +276,18 @@ def hint(error, what, args):
 
 def is_out_of_memory(error):
     """Of a GPU, or of this machine."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    words = r"out of memory|not enough memory|can't allocate memory"  # of CUDA and MPS, Windows, Linux
+    return isinstance(error, MemoryError) or bool(
+        isinstance(error, RuntimeError) and re.search(words, str(error), re.I)
+    )
 
 
 def why(error, args):
     """One line about an error of drawing; of memory: the flags that help, those first that cost least."""
     first = (str(error).strip().splitlines() or [""])[0]
     if not is_out_of_memory(error):
-        return f"{type(error).__name__}: {first}"
-    flags = ["--attention sdpa"] if not args.attention else []
-    flags += [] if args.vae_tiling else ["--vae-tiling"]
+        return f"{type(error).__name__}: {first[:300]} (--verbose shows where)"
+    flags = [] if args.vae_tiling else ["--vae-tiling"]
     flags += ["--dtype bfloat16"] if args.dtype == torch.float32 else []
     if args.device != "cpu":
         offload = {"none": ["--offload model", "--offload sequential"], "model": ["--offload sequential"]}

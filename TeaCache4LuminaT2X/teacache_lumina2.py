@@ -9,6 +9,7 @@ line through the last two computed ones (`PREDICT`), which costs nothing and com
 Paper: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, arXiv 2411.19108.
 
     python teacache_lumina2.py                              # one picture; edit the constants below
+                                                            # (needs options_lumina2.py, attention_lumina2.py beside it)
     python teacache_lumina2.py --speedup 2                  # half of the steps, whatever the model
     python teacache_lumina2.py --compare 0 0.1 0.2 0.3      # a strip of them (needs compare_lumina2.py beside it)
     python teacache_lumina2.py --prompts FILE               # a picture a line (needs batch_lumina2.py beside it)
@@ -42,7 +43,7 @@ except ImportError as error:
     if __name__ != "__main__":
         raise
     what = "teacache_lumina2: needs Python 3.10 or newer, torch, and diffusers"
-    sys.exit(f"{what} ({error}): pip install torch -r requirements.txt")
+    sys.exit(f"{what} ({error}): pip install torch -r {Path(__file__).resolve().parent.parent / 'requirements.txt'}")
 
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.3  # 0: original | 0.1: 1.05x | 0.2: 1.15x | 0.3: 1.25x  (original authors, 4070 laptop, 1024x1536)
@@ -55,6 +56,7 @@ NEGATIVE_PROMPT = ""
 HEIGHT = WIDTH = None  # pixels, multiples of 16; None: the model's own, 1024 for Lumina-Image-2.0
 MODEL = "Alpha-VLLM/Lumina-Image-2.0"  # the default where a CUDA GPU is there, otherwise:
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "lumina2-emoji"
+REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 BUNDLED_PROMPT = "smiling face with sunglasses"
 # Rescaling polynomials, highest power first (ali-vilab/TeaCache, pull requests 70 and 76).
 # v1 was fitted for Lumina-Next, v2 found for Lumina-Image-2.0 by a search on LPIPS.
@@ -611,8 +613,6 @@ def main(argv=None):
         print("\nstopped" + ": the same command goes on from here" * bool(args.prompts), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not options.is_out_of_memory(error):
-            raise
         fail(options.why(error, args))
 
 

@@ -22,6 +22,9 @@ import traceback
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
 JOURNAL = "videos.jsonl"
 
@@ -42,12 +45,13 @@ def read(args):
     finished(args.jobs, args.output_dir, JOURNAL)
 
 
-def draw(args, load, load_pipeline, generate, why):
+def draw(args, options, load_pipeline, generate):
     """The videos of args.jobs that are not there yet. Returns the exit code."""
     tool, config = args.prepare_memo, args.config
 
     def start():
-        pipeline, audio_proj = load(args, load_pipeline)
+        options.import_all()
+        pipeline, audio_proj = options.load(args, load_pipeline)
 
         def make(job, path):
             with tempfile.TemporaryDirectory(prefix="teacache_memo_") as folder:
@@ -61,8 +65,7 @@ def draw(args, load, load_pipeline, generate, why):
 
         return make
 
-    cpu = not torch.cuda.is_available()
-    return work(args.jobs, args.output_dir, JOURNAL, start, lambda error: why(error, args), "video", cpu)
+    return work(args.jobs, args.output_dir, JOURNAL, start, lambda error: options.why(error, args), "video")
 
 
 # --- files of many, among processes: the same text for both models ---------------
@@ -70,14 +73,21 @@ def draw(args, load, load_pipeline, generate, why):
 
 def read_lines(path):
     """The lines of a UTF-8 file that are not empty; "-" is standard input."""
+    if path == "-" and processes() > 1:
+        raise ValueError("several processes cannot share standard input: give a file instead of -")
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8-sig")
+        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: save it as that ({error})") from None
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = [line.strip() for line in re.split(r"\r?\n|\r", text) if line.strip()]
     if not lines:
         raise ValueError(f"nothing stands in {path}: it takes one a line")
     return lines
+
+
+def processes():
+    """How many accelerate launch has started."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def name(number, text):
@@ -87,54 +97,56 @@ def name(number, text):
 
 
 def finished(jobs, folder, journal):
-    """{file: record} of all that lies in `folder`, by its journal; a line that was cut off does not count.
+    """Which of `jobs` are done, by name, and the lines of the journal that stay.
 
-    Raises ValueError where a file of `jobs` was made with other settings, or not by us, and OSError where none can be
-    written: nothing is overwritten.
+    A line that was cut off does not stay, nor one of a job whose file is gone; all others do. Raises OSError where
+    nothing can be written, and ValueError where a file was made with other settings, or not by us: nothing is lost.
     """
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise OSError(f"cannot write into {folder}: --output must be a folder, and writable")
-    records = {}
-    if (folder / journal).exists():
-        for line in (folder / journal).read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-                records[record["file"]] = record
-            except (ValueError, TypeError, KeyError):
-                continue
-    records = {file: record for file, record in records.items() if (folder / file).is_file()}
+        raise OSError(f"cannot write into {folder}: the output must be a folder, and writable")
+    text = (folder / journal).read_text(encoding="utf-8") if (folder / journal).exists() else ""
+    lines, records = text.split("\n")[:-1], {}  # what follows the last end of a line was cut off
+    for number, line in enumerate(lines):
+        try:
+            records[json.loads(line)["file"]] = number
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"line {number + 1} of {folder / journal} is not ours: give another folder") from None
+    done = set()
     for job in jobs:
-        record = records.get(job["file"])
-        if record is None and (folder / job["file"]).exists():
-            raise ValueError(
-                f"{folder / job['file']} is there, and not in {journal}: move it, or give another --output"
-            )
-        other = [key for key in job if record is not None and record.get(key) != job[key]]
+        file = folder / job["file"]
+        number = records.get(job["file"])
+        if number is None and file.exists():
+            raise ValueError(f"{file} is there, and not in {journal}: move it, or give another folder for the output")
+        if number is None:
+            continue
+        record = json.loads(lines[number])
+        if not file.is_file():
+            lines[number] = None
+            continue
+        other = next((key for key in job if record.get(key) != job[key]), None)
         if other:
-            what = f"{folder / job['file']} was made with another {other[0]}"
-            raise ValueError(
-                f"{what}: give another --output ({str(record.get(other[0]))[:80]}, {str(job[other[0]])[:80]})"
-            )
-    return records
+            values = f"{str(record.get(other))[:80]}, now {str(job[other])[:80]}"
+            raise ValueError(f"{file} was made with another {other}: give another folder for the output ({values})")
+        done.add(job["file"])
+    return done, [line for line in lines if line is not None]
 
 
-def work(jobs, folder, journal, start, why, unit, cpu):
+def work(jobs, folder, journal, start, why, unit):
     """Makes what is missing of `jobs`, shared among the processes of `accelerate launch`; the exit code.
 
     jobs: dicts, alike in all processes, of "file" and of all that decides what will be in it.
     journal: name of the file that gets a JSON line for each: the job, and what `make` returns.
     start: called where there is work, and gives make(job, path), which writes the file and returns its figures.
-    why: (error) -> one line about it; unit: of the progress bar; cpu: nothing else is used.
+    why: (error) -> one line about it; unit: of the progress bar.
     A file appears whole or not at all; one that fails is reported, the rest goes on, and the exit code is 1.
     """
-    from accelerate import PartialState
-    from accelerate.utils import gather_object
-    from tqdm.auto import tqdm
-
-    state = PartialState(cpu=cpu, timeout=datetime.timedelta(hours=12))  # for the last to end
-    records = finished(jobs, folder, journal)
-    todo = [job for job in jobs if job["file"] not in records]
+    gpus = torch.cuda.is_available()
+    state = PartialState(cpu=not gpus, timeout=datetime.timedelta(hours=12))  # for the last to end
+    if state.num_processes != processes():
+        raise OSError(f"accelerate started {processes()} processes, and they do not find each other")
+    done, lines = finished(jobs, folder, journal)
+    todo = [job for job in jobs if job["file"] not in done]
     if not state.is_main_process:  # one progress bar is enough
         for library in ("diffusers", "transformers"):
             importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
@@ -143,17 +155,17 @@ def work(jobs, folder, journal, start, why, unit, cpu):
     if state.is_main_process and todo:
         folder.mkdir(parents=True, exist_ok=True)
         draft = folder / f".draft-{journal}"
-        draft.write_text("".join(json.dumps(record) + "\n" for record in records.values()), encoding="utf-8")
+        draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         draft.replace(path)
     state.wait_for_everyone()
     mine = todo[state.process_index :: state.num_processes]
     make = start() if mine else None
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), unit=unit, disable=not (todo and state.is_main_process))
-    with bar, watched(bar, path, bar.n - len(records)):
+    bar = tqdm(total=len(jobs), initial=len(done), unit=unit, disable=not (todo and state.is_main_process))
+    with bar, watched(bar, path, len(done) - len(lines)):
         for job in mine:
             draft = folder / f".draft-{job['file']}"
             try:
-                line = json.dumps({**job, **make(job, draft)}) + "\n"
+                line = json.dumps({**job, **make(job, draft), "process": state.process_index}) + "\n"
                 with path.open("ab", buffering=0) as file:  # one write: lines of several processes do not mix
                     file.write(line.encode())
                 draft.replace(folder / job["file"])
@@ -163,11 +175,15 @@ def work(jobs, folder, journal, start, why, unit, cpu):
                 if "--verbose" in sys.argv:
                     traceback.print_exc()
             finally:
-                draft.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    draft.unlink(missing_ok=True)
         failed = gather_object(failed)
     if state.is_main_process:
         print(f"{len(jobs) - len(failed)} of {len(jobs)} are in {folder}", end="")
-        print(f"; {len(failed)} failed, the same command tries them again" if failed else "")
+        print(f"; {len(failed)} failed, the same command tries them again" if failed else "", flush=True)
+    state.wait_for_everyone()  # the first to leave with an error ends the others
+    if state.num_processes > 1:
+        state.destroy_process_group()
     return 1 if failed else 0
 
 

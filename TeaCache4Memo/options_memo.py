@@ -20,12 +20,12 @@ fail, beside = script.fail, script.beside
 
 def parse(argv=None):
     """The arguments, checked as far as they can be before anything is loaded."""
-    parser = argparse.ArgumentParser(description=script.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=script.__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = fail
     add = parser.add_argument
     add("--config", default=script.CONFIG, help="memo's configs/inference.yaml, or one like it")
-    add("--input_image", "--input-image", default=script.INPUT_IMAGE, help="portrait")
-    add("--input_audio", "--input-audio", default=script.INPUT_AUDIO, help="voice, best as wav")
+    add("--input_image", "--input-image", help=f"portrait; default {script.INPUT_IMAGE}")
+    add("--input_audio", "--input-audio", help=f"voice, best as wav; default {script.INPUT_AUDIO}")
     add(
         "--output_dir",
         "--output-dir",
@@ -51,8 +51,9 @@ def check(args):
         fail(f"needs Python 3.10 or newer, and this is {sys.version.split()[0]}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not args.pairs:
         fail("several processes share the pairs of a file: give --pairs FILE")
-    if args.pairs and args.compare:
-        fail("give --pairs or --compare, not both")
+    if args.pairs and (args.compare or args.overwrite or args.input_image or args.input_audio):
+        fail("give --pairs FILE alone, without --input_image, --input_audio, --compare and --overwrite")
+    args.input_image, args.input_audio = args.input_image or script.INPUT_IMAGE, args.input_audio or script.INPUT_AUDIO
     args.cache_device = "cpu" if args.cache_on_cpu else None
 
     spec = importlib.util.find_spec("memo")
@@ -141,6 +142,28 @@ def prepare(args, image, audio, folder):
         fail(error if isinstance(error, args.prepare_memo.BadInput) else f"{what} ({type(error).__name__}: {error})")
 
 
+def written(write_video):
+    """write_video, with one line where that fails."""
+
+    def write(frames, path, *rest):
+        try:
+            write_video(frames, path, *rest)
+        except OSError as error:
+            fail(f"cannot write {path}: {error}")
+
+    return write
+
+
+def import_all():
+    """memo, and what its functions for faces and voices need; one line where that is missing."""
+    try:
+        script.import_memo()
+        for name in ("imageio_ffmpeg", "memo.utils.audio_utils", "memo.utils.vision_utils"):
+            importlib.import_module(name)
+    except ImportError as error:
+        fail(f"memo, or a package that it needs, cannot be imported ({error}): {script.INSTALL_MEMO}")
+
+
 def load(args, load_pipeline):
     """memo's pipeline and audio projection; one line where that fails."""
     config = args.config
@@ -154,21 +177,25 @@ def load(args, load_pipeline):
         if is_out_of_memory(error):
             raise
         what = f"could not load {config.model_name_or_path} with the VAE {config.vae}"
-        if "gated" in str(error).lower() or "401" in str(error):
-            fail(f"{what}: ask for access on its page, and log in with `hf auth login` ({type(error).__name__})")
-        fail(f"{what}: right folder, Hub in reach? ({type(error).__name__}: {error})")
+        first = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
+        if re.search(r"gated repo|\b401 Client Error", str(error)):
+            fail(f"{what}: ask for access on its page, and log in: hf auth login, or huggingface-cli login ({first})")
+        fail(f"{what}: right folder, Hub in reach? ({first})")
 
 
 def is_out_of_memory(error):
     """Of a GPU, or of this machine."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    words = r"out of memory|not enough memory|can't allocate memory"  # of CUDA and MPS, Windows, Linux
+    return isinstance(error, MemoryError) or bool(
+        isinstance(error, RuntimeError) and re.search(words, str(error), re.I)
+    )
 
 
 def why(error, args):
     """One line about an error of drawing; of memory: what helps."""
     first = (str(error).strip().splitlines() or [""])[0]
     if not is_out_of_memory(error):
-        return f"{type(error).__name__}: {first}"
+        return f"{type(error).__name__}: {first[:300]} (--verbose shows where)"
     helps = [] if args.cache_on_cpu else ["--cache_on_cpu"]
     helps += ["weight_dtype: bf16"] if args.config.weight_dtype not in ("bf16", "fp16") else []
     helps += ["a smaller resolution in --config"]

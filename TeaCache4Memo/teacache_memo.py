@@ -9,6 +9,7 @@ clip, and every step that writes MEMO's memory of past frames.
 Paper: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, arXiv 2411.19108.
 
     python teacache_memo.py                                  # memo's own example; edit the constants below
+                                                             # (needs options_memo.py, prepare_memo.py beside it)
     python teacache_memo.py --input_image face.jpg --input_audio speech.wav --output_dir outputs
     python teacache_memo.py --compare 0 0.09 0.15 0.25       # side by side (needs compare_memo.py beside it)
     python teacache_memo.py --pairs FILE                     # a video a line (needs batch_memo.py beside it)
@@ -671,26 +672,22 @@ def main(argv=None):
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said here, in one line
     try:
         run(args, options)
-    except OSError as error:
-        fail(f"cannot write {args.output}: {error}")
     except KeyboardInterrupt:
         print("\nstopped" + ": the same command goes on from here" * bool(args.pairs), file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not options.is_out_of_memory(error):
-            raise
         fail(options.why(error, args))
 
 
 def run(args, options):
     if args.pairs:
-        sys.exit(args.tool.draw(args, options.load, load_pipeline, generate, options.why))
+        sys.exit(args.tool.draw(args, options, load_pipeline, generate))
     with tempfile.TemporaryDirectory(prefix="teacache_memo_") as folder:
         inputs = options.prepare(args, args.input_image, args.input_audio, Path(folder))
         pipeline, audio_proj = options.load(args, load_pipeline)
         made = functools.partial(generate, pipeline, audio_proj, inputs, args.config, args.seed, args.predict)
         made = functools.partial(made, cache_device=args.cache_device)
-        write_video = args.prepare_memo.write_video
+        write_video = options.written(args.prepare_memo.write_video)
         if args.compare:
             args.tool.compare(made, inputs, args, write_video)
             return

@@ -119,23 +119,30 @@ def test_proportional_attention_is_refused():
 
 
 @pytest.mark.parametrize(
-    "device, dtype, there, says",
+    "device, dtype, capability, there, says",
     [
-        ("cpu", torch.bfloat16, True, "CUDA GPU"),
-        ("mps", torch.bfloat16, True, "CUDA GPU"),
-        ("cuda", torch.float32, True, "--dtype bfloat16"),
-        ("cuda", torch.bfloat16, False, "pip install flash-attn"),
-        ("cuda", torch.float16, True, None),
+        ("cpu", torch.bfloat16, (9, 0), True, "CUDA GPU"),
+        ("mps", torch.bfloat16, (9, 0), True, "CUDA GPU"),
+        ("cuda", torch.float32, (9, 0), True, "--dtype bfloat16"),
+        ("cuda", torch.float16, (7, 5), True, "Ampere"),
+        ("cuda", torch.bfloat16, (8, 0), False, "undefined symbol.*pip install flash-attn"),
+        ("cuda", torch.float16, (8, 0), True, None),
     ],
 )
-def test_flash_where_it_cannot_run(device, dtype, there, says, monkeypatch):
+def test_flash_where_it_cannot_run(device, dtype, capability, there, says, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    (tmp_path / "flash_attn.py").write_text("" if there else "raise ImportError('undefined symbol')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
     check_attention("sdpa", device, dtype)
     if says is None:
-        return check_attention("flash", device, dtype)
+        check_attention("flash", device, dtype)
+        del sys.modules["flash_attn"]
+        return
     with pytest.raises(ValueError, match=says):
         check_attention("flash", device, dtype)
+    sys.modules.pop("flash_attn", None)
 
 
 def test_none_leaves_the_models_own():

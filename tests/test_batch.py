@@ -72,8 +72,13 @@ def test_threshold_in_the_record(here):
 
 
 def test_standard_input(here, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("red apple\n"))
-    assert draw(prompts="-") == 0 and list(files()) == ["0001-red-apple.png", "images.jsonl"]
+    """UTF-8 whatever the terminal's encoding is, with a mark of it or without."""
+    raw = io.BytesIO(b"\xef\xbb\xbfred apple\r\n\xe7\x8c\xab\xe2\x80\xa8\xe7\x8c\xab\n")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(raw, encoding="cp1252"))
+    assert draw(prompts="-") == 0 and list(files()) == ["0001-red-apple.png", "0002-猫-猫.png", "images.jsonl"]
+    assert [r["prompt"] for r in records()] == ["red apple", "猫\u2028猫"], "a line ends where a file's line ends"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert draw(prompts="-") == 2
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3])
@@ -174,7 +179,40 @@ def test_what_was_made_otherwise_is_left_alone(here, monkeypatch, capsys, flags,
     capsys.readouterr()
     assert draw(*flags) == 2
     err = capsys.readouterr().err
-    assert err.count("\n") == 1 and says in err and "another --output" in err and files() == before
+    assert err.count("\n") == 1 and says in err and "another folder" in err and files() == before
+
+
+@pytest.mark.parametrize("line", ['{"path": "a.png", "caption": "a dog"}', "not JSON", "[1]"])
+def test_a_journal_that_is_not_ours_is_left_alone(here, monkeypatch, capsys, line):
+    os.mkdir("out")
+    with open("out/images.jsonl", "w", encoding="utf-8") as file:
+        file.write(line + "\n")
+    before = files()
+    no_loading(monkeypatch)
+    assert draw() == 2 and "line 1 of out/images.jsonl is not ours" in capsys.readouterr().err and files() == before
+
+
+def test_records_of_other_pictures_stay(here):
+    """Of prompts that are no longer asked for, and of pictures that were moved elsewhere."""
+    assert draw() == 0
+    (here / "prompts.txt").write_text("sun\n" + "\n".join(PROMPTS[1:]) + "\n", encoding="utf-8")
+    os.remove(f"out/{FILES[0]}")
+    assert draw() == 0
+    assert [r["file"] for r in records()] == [*FILES, "0001-sun.png"]
+
+
+def test_after_a_failure_nothing_stays_on_the_gpu(here, monkeypatch):
+    """With --offload model the pipeline clears the GPU only where it ends well."""
+    freed, generate = [], teacache_lumina2.generate
+
+    def fails(pipeline, args, prompt, *rest, **kwargs):
+        pipeline.maybe_free_model_hooks = lambda: freed.append(prompt)
+        if prompt == "猫":
+            raise RuntimeError("midway")
+        return generate(pipeline, args, prompt, *rest, **kwargs)
+
+    monkeypatch.setattr(teacache_lumina2, "generate", fails)
+    assert draw() == 1 and freed.count("猫") == 1
 
 
 @pytest.mark.parametrize(
@@ -227,8 +265,15 @@ def test_two_processes_draw_what_one_draws(here):
         n: b for n, b in files("two").items() if n in FILES
     }
     assert sorted(r["file"] for r in records("two")) == FILES
+    assert [r["process"] for r in sorted(records("two"), key=lambda r: r["file"])] == [0, 1, 0, 1], "both had a share"
     bars = [line for line in two.stderr.replace("\r", "\n").splitlines() if "image/s" in line or "s/image" in line]
     assert "4/4" in bars[-1]
+    os.remove("two/0003-猫.png")
+    os.mkdir("two/.draft-0003-猫.png")  # it cannot be written
+    failed = two_processes(*command, "--output", "two")
+    assert failed.returncode == 1 and "3 of 4 are in two; 1 failed" in failed.stdout, failed.stderr
+    assert "0003-猫.png failed: IsADirectoryError" in failed.stderr
+    os.rmdir("two/.draft-0003-猫.png")
     os.remove("two/0002-dog-running.png")
     again = two_processes(*command, "--output", "two")
     assert again.returncode == 0 and files("two")["0002-dog-running.png"] == files("one")["0002-dog-running.png"]

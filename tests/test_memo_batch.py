@@ -99,7 +99,8 @@ def test_bad_pairs(pairs, capsys, monkeypatch, line, says):
 
 
 def test_pairs_and_compare(pairs, capsys):
-    assert make("--compare", "0.1") == 2 and "not both" in capsys.readouterr().err
+    for flags in (["--compare", "0.1"], ["--overwrite"], ["--input_image", "face.png"]):
+        assert make(*flags) == 2 and "give --pairs FILE alone" in capsys.readouterr().err
 
 
 def test_a_portrait_without_a_face_does_not_stop_the_rest(pairs, capsys):
@@ -118,7 +119,33 @@ def test_two_processes_make_what_one_makes(pairs):
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     a, b = videos("one"), videos("two")
     assert list(a) == list(b) == FILES and all(np.array_equal(a[name], b[name]) for name in FILES)
-    assert sorted(r["file"] for r in records("two")) == FILES
+    assert {r["file"]: r["process"] for r in records("two")} == dict(zip(FILES, (0, 1, 0))), "both had a share"
+
+
+def test_what_memo_needs_is_missed_before_loading(pairs, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "memo.utils.vision_utils", None)
+    monkeypatch.setattr(teacache_memo, "load_pipeline", lambda *a, **k: pytest.fail("loaded"))
+    assert make() == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot be imported" in line and "pip install -e memo" in line
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OSError("Cannot access gated repo for url https://..."), "log in: hf auth login"),
+        (OSError("We couldn't connect to 'https://huggingface.co'\nand more"), "Hub in reach?"),
+    ],
+)
+def test_a_hub_that_does_not_give(here, monkeypatch, capsys, error, says):  # noqa: F811
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(teacache_memo, "load_pipeline", refuse)
+    with pytest.raises(SystemExit) as exit:
+        teacache_memo.main(["--config", "config.yaml", "--input_image", "face.png", "--input_audio", "speech.wav"])
+    line = capsys.readouterr().err
+    assert exit.value.code == 2 and line.count("\n") == 1 and says in line and "and more" not in line
 
 
 def test_several_processes_without_pairs(here, monkeypatch, capsys):  # noqa: F811

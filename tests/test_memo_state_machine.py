@@ -154,7 +154,9 @@ def test_forecast_of_a_straight_line(model):
     assert branch.predict(-600.0, "cpu").item() == pytest.approx(-800 + 200 / (1 + DAMPING))
     assert branch.predict(-400.0, "cpu").item() == pytest.approx(-800 + 400 / (1 + 2 * DAMPING))
     branch.remember(-700.0, torch.tensor([-700.0]), "forecast")
-    assert len(branch.computed) == 2 and branch.predict(-650.0, "cpu").item() == pytest.approx(-700 + 50 / (1 + DAMPING / 2))
+    assert len(branch.computed) == 2 and branch.predict(-650.0, "cpu").item() == pytest.approx(
+        -700 + 50 / (1 + DAMPING / 2)
+    )
     branch.remember(-600.0, torch.tensor([-600.0]), "hold")
     assert len(branch.computed) == 1 and branch.predict(-100.0, "cpu").item() == -600
 

@@ -1,6 +1,7 @@
 """Flags for small cards, compiling, LoRA; and what a user reads when something goes wrong."""
 
 import ast
+import importlib.util
 import json
 import os
 import shutil
@@ -143,11 +144,18 @@ def test_tiles(sample_size, pixels, tiles):
 
 
 def test_attention(tmp_path):
-    main([*FAST, "--attention", "sdpa", "--output", str(tmp_path / "a.png")])
-    main([*FAST, "--output", str(tmp_path / "b.png")])
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    processor = loaded(tmp_path, "--attention", "sdpa").transformer.layers[0].attn.processor
+    """Without repeated heads as it comes, and bit for bit what diffusers' own draws."""
+    ours, stock = loaded(tmp_path), Lumina2Pipeline.from_pretrained(BUNDLED)
+    processor = ours.transformer.layers[0].attn.processor
     assert isinstance(processor, GroupedAttention) and processor.flash is None
+    assert not isinstance(stock.transformer.layers[0].attn.processor, GroupedAttention)
+    assert np.array_equal(picture(ours, 0.3)[0], picture(stock, 0.3)[0])
+
+
+def test_flash_without_a_gpu(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([*FAST, "--attention", "flash"])
+    assert "needs a CUDA GPU" in capsys.readouterr().err
 
 
 # --- LoRA ---------------------------------------------------------------------------------
@@ -255,6 +263,26 @@ def test_what_decides_is_not_compiled(dynamo):
     assert len(calls) == 2 * sum(schedule) * len(pipeline.transformer.layers), "both passes of the computed steps"
 
 
+@pytest.mark.parametrize(
+    "device, flags, says",
+    [
+        ("cpu", [], "C++ compiler"),
+        ("cuda", [], "Triton"),
+        ("cuda", ["--offload", "sequential"], "leave one of them out"),
+    ],
+)
+def test_compile_where_it_cannot(device, flags, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    with pytest.raises(SystemExit):
+        options_lumina2.parse([*FAST, "--compile", *flags])
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and says in line
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU, torch.compile needs a C++ compiler")
 def test_compile(dynamo, tmp_path):
     """The flag, with torch's own backend: the same picture up to rounding."""
@@ -291,8 +319,9 @@ def test_wrong_python(monkeypatch, capsys):
 
 @pytest.mark.parametrize("script", ["TeaCache4LuminaT2X/teacache_lumina2.py", "TeaCache4Memo/teacache_memo.py"])
 def test_an_old_python_can_read_the_script(script):
-    """No syntax that it does not know, or it could not say that it is too old."""
-    ast.parse((ROOT / script).read_text(encoding="utf-8"), feature_version=(3, 8))
+    """No syntax that it does not know, or it could not say that it is too old; nor in the file that says so."""
+    for path in (ROOT / script, *(ROOT / script).parent.glob("options_*.py")):
+        ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
 
 
 @pytest.mark.parametrize("script", ["TeaCache4LuminaT2X/teacache_lumina2.py", "TeaCache4Memo/teacache_memo.py"])
@@ -324,6 +353,8 @@ def test_old_diffusers(tmp_path):
     "error, says",
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"), "out of memory. What helps"),
+        (RuntimeError("MPS backend out of memory (allocated: 9 GB)"), "out of memory. What helps"),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), "out of memory. What helps"),
         (
             RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
             "out of memory. What helps",
@@ -362,8 +393,9 @@ def test_out_of_memory_on_a_gpu_names_the_flags_that_are_left():
 @pytest.mark.parametrize(
     "error, says",
     [
-        (OSError("Cannot access gated repo for url https://..."), "hf auth login"),
-        (OSError("401 Client Error. Repository Not Found"), "hf auth login"),
+        (OSError("Cannot access gated repo for url https://..."), "hf auth login, or huggingface-cli login"),
+        (OSError("401 Client Error. Repository Not Found"), "hf auth login, or huggingface-cli login"),
+        (OSError("no weights in exp401"), "the Hub in reach?"),
         (OSError("We couldn't connect to 'https://huggingface.co'"), "the Hub in reach?"),
         (RuntimeError("Failed to import transformers.models.gemma2 because of: x"), "pip install --upgrade"),
     ],
@@ -386,6 +418,40 @@ def test_a_folder_of_another_pipeline(tmp_path, capsys):
         main(["--model", str(tmp_path / "model")])
     line = capsys.readouterr().err
     assert exit.value.code == 2 and line.count("\n") == 1 and "is a FluxPipeline: give a Lumina2Pipeline" in line
+
+
+@pytest.mark.parametrize("broken", ["model_index.json", "transformer/config.json"])
+@pytest.mark.parametrize("text", ["version https://git-lfs", "[]", "{}"])
+def test_a_folder_that_is_broken(broken, text, tmp_path, capsys):
+    """Pointers in place of files, a download that was cut off."""
+    folder = tmp_path / "model"
+    (folder / "transformer").mkdir(parents=True)
+    for name in ("model_index.json", "transformer/config.json"):
+        (folder / name).write_bytes((BUNDLED / name).read_bytes())
+    (folder / broken).write_text(text)
+    with pytest.raises(SystemExit) as exit:
+        main(["--model", str(folder)])
+    line = capsys.readouterr().err
+    assert exit.value.code == 2 and line.count("\n") == 1 and str(folder) in line
+
+
+def test_lora_without_peft(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+    with pytest.raises(SystemExit):
+        options_lumina2.parse([*FAST, "--lora", "owner/name"])
+    assert "pip install peft" in capsys.readouterr().err
+
+
+def test_any_other_error_is_one_line(tmp_path, capsys, monkeypatch):
+    def breaks(*args, **kwargs):
+        raise KeyError("something\nelse")
+
+    monkeypatch.setattr(teacache_lumina2, "generate", breaks)
+    with pytest.raises(SystemExit) as exit:
+        main([*FAST, "--output", str(tmp_path / "x.png")])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code == 2 and "KeyError" in line and "--verbose shows where" in line
 
 
 def test_a_threshold_of_5(tmp_path, capsys):
