@@ -3,17 +3,21 @@
 import ast
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import MEMO_DOUBLE, ROOT, two_processes
 from diffusers import AutoencoderKL
-from memo_models import AUDIO, memo, package, save_parts, tiny_pipeline
+from memo_models import AUDIO, REAL, memo, package, save_parts, tiny_pipeline
+from PIL import Image
+from test_memo_cli import here, models, verbosity  # noqa: F401, fixtures
 
-from TeaCache4Memo import prepare_memo, teacache_memo
+from TeaCache4Memo import options_memo, prepare_memo, teacache_memo
 
 
 def read(*path):
@@ -148,3 +152,51 @@ assert pipeline.diffusion_net.teacache.schedule == [True] + [False] * 10 + [True
     env = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+# --- the commands of the READMEs ------------------------------------------------------------------
+
+COMMANDS = re.findall(r"^(?:python|accelerate launch) teacache_memo.py.*?(?=\s+#|$)", README + read("README.md"), re.M)
+
+
+@pytest.mark.skipif(REAL, reason="the saved models are the real memo's, and its utils need models from the Hub")
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
+def test_commands_of_the_script(command, here, capsys):  # noqa: F811
+    """As they stand, on the double: its files lie where the commands look for them."""
+    for folder in ("configs", "assets/examples"):
+        (here / folder).mkdir(parents=True)
+    shutil.copy("config.yaml", "configs/inference.yaml")
+    shutil.copy("speech.wav", "assets/examples/speech.wav")
+    for name in ("face.jpg", "assets/examples/dicaprio.jpg"):
+        Image.open("face.png").save(name)
+    (here / "pairs.csv").write_text("face.jpg,speech.wav\nface.png,speech.wav\n")
+    words = shlex.split(command)
+    flags = words[words.index("teacache_memo.py") + 1 :]
+    if words[0] == "accelerate":
+        run = two_processes(ROOT / "TeaCache4Memo" / "teacache_memo.py", *flags, PYTHONPATH=str(MEMO_DOUBLE))
+        assert run.returncode == 0 and "2 of 2 are in videos" in run.stdout, run.stderr
+        return
+    try:
+        teacache_memo.main(flags)
+    except SystemExit as exit:
+        assert not exit.code
+    made = sorted(path.relative_to(here).as_posix() for path in here.rglob("*.mp4"))
+    if "--pairs" in flags:
+        assert made == ["videos/0001-face-speech.mp4", "videos/0002-face-speech.mp4"]
+    else:
+        name = "face" if "--input_image" in flags else "dicaprio"
+        assert made == [f"outputs/{name}_speech{'_compare' if '--compare' in flags else ''}.mp4"]
+
+
+def test_there_are_such_commands():
+    assert len(set(COMMANDS)) >= 5
+
+
+def test_flags_are_all_in_the_table(capsys):
+    """Each flag of the script has a row in its README, and no row is of a flag that is gone."""
+    with pytest.raises(SystemExit):
+        options_memo.parse(["--help"])
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_]+", capsys.readouterr().out)) - {"--help"}
+    flags -= {flag for flag in flags if any(flag != other and other.startswith(f"{flag}_") for other in flags)}
+    rows = re.findall(r"^\| (`--.*?) \|", README, re.M)
+    assert {flag for row in rows for flag in re.findall(r"--[a-z][a-z0-9_]+", row)} == flags
