@@ -9,12 +9,12 @@ line through the last two computed ones (`PREDICT`), which costs nothing and com
 Paper: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, arXiv 2411.19108.
 
     python teacache_lumina2.py                              # one picture; edit the constants below
-                                                            # (needs options_lumina2.py, attention_lumina2.py beside it)
     python teacache_lumina2.py --speedup 2                  # half of the steps, whatever the model
-    python teacache_lumina2.py --compare 0 0.1 0.2 0.3      # a strip of them (needs compare_lumina2.py beside it)
-    python teacache_lumina2.py --prompts FILE               # a picture a line (needs batch_lumina2.py beside it)
+    python teacache_lumina2.py --compare 0 0.1 0.2 0.3      # a strip of them
+    python teacache_lumina2.py --prompts FILE               # a picture a line
 
-In your own code (nothing happens at import):
+The command line needs options_lumina2.py and attention_lumina2.py beside this file. In your own code it needs nothing
+else, and nothing happens at import:
 
     from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache, remove_teacache
     apply_teacache(pipeline.transformer, num_steps=30, speedup=2.0)  # or rel_l1_thresh=0.3

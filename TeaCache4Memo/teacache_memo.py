@@ -9,12 +9,12 @@ clip, and every step that writes MEMO's memory of past frames.
 Paper: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, arXiv 2411.19108.
 
     python teacache_memo.py                                  # memo's own example; edit the constants below
-                                                             # (needs options_memo.py, prepare_memo.py beside it)
     python teacache_memo.py --input_image face.jpg --input_audio speech.wav --output_dir outputs
-    python teacache_memo.py --compare 0 0.09 0.15 0.25       # side by side (needs compare_memo.py beside it)
-    python teacache_memo.py --pairs FILE                     # a video a line (needs batch_memo.py beside it)
+    python teacache_memo.py --compare 0 0.09 0.15 0.25       # side by side
+    python teacache_memo.py --pairs FILE                     # a video a line
 
-In your own code (nothing happens at import, memo need not be installed for it):
+The command line needs options_memo.py and prepare_memo.py beside this file. In your own code it needs nothing else;
+nothing happens at import, and memo need not be installed for it:
 
     from TeaCache4Memo.teacache_memo import apply_teacache, load_pipeline
     pipeline, audio_proj = load_pipeline("memoavatar/memo")
