@@ -96,7 +96,7 @@ def is_due(times, schedule, num_steps, wanted):
     step, left = len(times) - 1, wanted - sum(schedule)
     if step in (0, num_steps - 1) or num_steps - step <= left:
         return True
-    if left == 1:
+    if left <= 1:
         return False
     way = np.arange(step + 1) / num_steps / 2 + (np.array(times) - times[0]) / (1 - times[0] or 1.0) / 2
     last, pace = way[np.flatnonzero(schedule).max()], way[step] - way[step - 1]
