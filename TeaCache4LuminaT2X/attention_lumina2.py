@@ -3,7 +3,8 @@
 Lumina2 has fewer heads for keys and values than for queries (8 for 24 in the released model), and diffusers repeats
 them up to the queries' number before each attention. Here they stay as they are:
 
-    sdpa   the default: torch's scaled_dot_product_attention with `enable_gqa`, where a kernel serves it; else repeated, as diffusers
+    sdpa   the default: torch's scaled_dot_product_attention with `enable_gqa`, where a fast kernel takes that; where
+           none does, they are repeated, as in diffusers
     flash  flash_attn_varlen_func of flash-attn: in a batch of unequal prompts, padding is not attended at all
 
 `flash` needs CUDA and half precision; it is tested on a CPU through a function of the same signature, and a test that

@@ -4,8 +4,8 @@
     accelerate launch teacache_lumina2.py --prompts prompts.txt --output pictures     # shared among all GPUs
 
 A file is named by the number and the words of its line, and drawn with --seed + number - 1. `images.jsonl` gets a line
-for each: prompt, seed, settings, the steps computed, the seconds, and how it was computed (device, attention, ...: these
-may differ from picture to picture). Run again, it goes on where it stopped.
+for each: prompt, seed, settings, the steps computed, the seconds, and how it was computed (device, attention and the
+like, which may differ from picture to picture). Run again, it goes on where it stopped.
 """
 
 import contextlib
@@ -111,18 +111,18 @@ def finished(jobs, folder, journal):
     lines, records = text.split("\n")[:-1], {}  # what follows the last end of a line was cut off
     for number, line in enumerate(lines):
         try:
-            records[json.loads(line)["file"]] = number
+            record = json.loads(line)
+            records[record["file"]] = number, record
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"line {number + 1} of {folder / journal} is not ours: give another folder") from None
     done = set()
     for job in jobs:
         file = folder / job["file"]
-        number = records.get(job["file"])
+        number, record = records.get(job["file"], (None, None))
         if number is None and file.exists():
             raise ValueError(f"{file} is there, and not in {journal}: move it, or give another folder for the output")
         if number is None:
             continue
-        record = json.loads(lines[number])
         if not file.is_file():
             lines[number] = None
             continue

@@ -76,9 +76,8 @@ def check(args):
     args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     by_hardware = args.model is None
     if by_hardware:
-        args.model, args.device = (
-            (script.MODEL, "cuda") if args.device == "cuda" else (str(script.BUNDLED_MODEL), "cpu")
-        )
+        cuda = args.device == "cuda"
+        args.model, args.device = (script.MODEL, "cuda") if cuda else (str(script.BUNDLED_MODEL), "cpu")
     args.dtype = getattr(torch, args.dtype or ("float32" if args.device == "cpu" else "bfloat16"))
     bundled = Path(args.model).resolve() == script.BUNDLED_MODEL
     args.prompt = args.prompt or [script.BUNDLED_PROMPT if bundled else script.PROMPT]
@@ -127,9 +126,8 @@ def check(args):
         try:
             kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
             config = folder / "transformer" / "config.json"
-            longest = (
-                json.loads(config.read_text(encoding="utf-8"))["axes_lens"][1:] if config.is_file() else [math.inf]
-            )
+            if config.is_file():
+                longest = json.loads(config.read_text(encoding="utf-8"))["axes_lens"][1:]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"{args.model} is broken, download it anew: {index} or the transformer's config.json ({error!r})")
         if kind not in ("Lumina2Pipeline", "Lumina2Text2ImgPipeline"):
@@ -222,8 +220,7 @@ def load_pipeline(args):
                 pipeline.load_lora_weights(args.lora, adapter_name="lora")
                 pipeline.set_adapters("lora", args.lora_scale)
                 what = args.model
-        if args.attention:
-            args.attention_tool.set_attention(pipeline.transformer, args.attention)
+        args.attention_tool.set_attention(pipeline.transformer, args.attention)
         if args.vae_tiling:
             tile(pipeline.vae)
         device = f"cuda:{torch.cuda.current_device()}" if args.device == "cuda" else args.device

@@ -35,6 +35,7 @@ import warnings
 from pathlib import Path
 from types import MethodType
 
+REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 try:
     import torch
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -43,7 +44,7 @@ except ImportError as error:
     if __name__ != "__main__":
         raise
     what = "teacache_lumina2: needs Python 3.10 or newer, torch, and diffusers"
-    sys.exit(f"{what} ({error}): pip install torch -r {Path(__file__).resolve().parent.parent / 'requirements.txt'}")
+    sys.exit(f"{what} ({error}): pip install torch -r {REQUIREMENTS}")
 
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.3  # 0: original | 0.1: 1.05x | 0.2: 1.15x | 0.3: 1.25x  (original authors, 4070 laptop, 1024x1536)
@@ -56,7 +57,6 @@ NEGATIVE_PROMPT = ""
 HEIGHT = WIDTH = None  # pixels, multiples of 16; None: the model's own, 1024 for Lumina-Image-2.0
 MODEL = "Alpha-VLLM/Lumina-Image-2.0"  # the default where a CUDA GPU is there, otherwise:
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "lumina2-emoji"
-REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 BUNDLED_PROMPT = "smiling face with sunglasses"
 # Rescaling polynomials, highest power first (ali-vilab/TeaCache, pull requests 70 and 76).
 # v1 was fitted for Lumina-Next, v2 found for Lumina-Image-2.0 by a search on LPIPS.
@@ -148,9 +148,11 @@ class TeaCacheState:
             self.branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
             goes_on = any(b.tensors[-1] is tensors[-1] or b.has(tensors) for b in self.branches)
             if self.last and time > self.time:
-                warn_of_steps(f"a generation goes on after the {num_steps} of num_steps")
+                warn_of_steps(f"a generation goes on after the {num_steps} steps of num_steps")
             elif not self.last and self.step >= 0 and (time < self.time or not goes_on):
-                warn_of_steps(f"a generation ended after {self.step + 1} steps, and num_steps is {num_steps}")
+                warn_of_steps(
+                    f"a generation was interrupted, or has {self.step + 1} steps, not {num_steps} as num_steps"
+                )
             if time < self.time or not goes_on:
                 self.reset()
             self.step, self.time, self.compute = self.step + 1, time, None
@@ -177,9 +179,8 @@ class TeaCacheState:
             if compute is None:
                 compute = signal is None or branch.signal is None
                 if not compute:
-                    self.accumulated += rescale(
-                        coefficients, relative_l1(signal, branch.signal.to(signal.device)), domain
-                    )
+                    change = relative_l1(signal, branch.signal.to(signal.device))
+                    self.accumulated += rescale(coefficients, change, domain)
                     compute = not self.accumulated < thresh  # a NaN computes
             self.decide(compute)
         branch.signal = signal if signal is None else signal.to(branch.device or signal.device)
@@ -193,7 +194,8 @@ class TeaCacheState:
 
 
 def warn_of_steps(what):
-    warnings.warn(f"TeaCache: {what}. Unless it was interrupted, give num_steps as num_inference_steps", stacklevel=3)
+    """Where num_steps is not the pipeline's, another step than the last is taken for it."""
+    warnings.warn(f"TeaCache: {what}: num_steps must be the pipeline's num_inference_steps", stacklevel=3)
 
 
 def relative_l1(new, old):
@@ -556,11 +558,8 @@ def coefficients_of(path, indicator, predict):
     if coefficients not in (COEFFICIENTS_V1, COEFFICIENTS_COMFYUI):
         return coefficients, domain, "as edited in this script"
     if not path.is_file():
-        return (
-            coefficients,
-            domain,
-            f"{'v1' if coefficients == COEFFICIENTS_V1 else 'of ComfyUI-TeaCache'}, not fitted to it",
-        )
+        whose = "v1" if coefficients == COEFFICIENTS_V1 else "of ComfyUI-TeaCache"
+        return coefficients, domain, f"{whose}, not fitted to it"
     try:
         fit = json.loads(path.read_text(encoding="utf-8"))[predict][indicator]
         coefficients, domain = [[float(x) for x in fit[key]] for key in ("coefficients", "domain")]

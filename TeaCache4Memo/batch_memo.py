@@ -109,18 +109,18 @@ def finished(jobs, folder, journal):
     lines, records = text.split("\n")[:-1], {}  # what follows the last end of a line was cut off
     for number, line in enumerate(lines):
         try:
-            records[json.loads(line)["file"]] = number
+            record = json.loads(line)
+            records[record["file"]] = number, record
         except (ValueError, TypeError, KeyError):
             raise ValueError(f"line {number + 1} of {folder / journal} is not ours: give another folder") from None
     done = set()
     for job in jobs:
         file = folder / job["file"]
-        number = records.get(job["file"])
+        number, record = records.get(job["file"], (None, None))
         if number is None and file.exists():
             raise ValueError(f"{file} is there, and not in {journal}: move it, or give another folder for the output")
         if number is None:
             continue
-        record = json.loads(lines[number])
         if not file.is_file():
             lines[number] = None
             continue

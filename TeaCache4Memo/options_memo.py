@@ -74,9 +74,7 @@ def check(args):
         fail("give --speedup or thresholds, not both")
     if args.rel_l1_thresh is None and not args.compare:
         args.speedup = script.SPEEDUP if args.speedup is None else args.speedup
-    args.rel_l1_thresh = (
-        script.REL_L1_THRESH if args.rel_l1_thresh is None and args.speedup is None else args.rel_l1_thresh
-    )
+        args.rel_l1_thresh = script.REL_L1_THRESH if args.speedup is None else None
     # threshold 0 comes first: it is what the others are measured against
     args.thresholds = list(dict.fromkeys([0.0, *args.compare])) if args.compare else [args.rel_l1_thresh]
     try:
@@ -140,18 +138,6 @@ def prepare(args, image, audio, folder):
             raise
         what = "could not prepare the portrait and the voice"
         fail(error if isinstance(error, args.prepare_memo.BadInput) else f"{what} ({type(error).__name__}: {error})")
-
-
-def written(write_video):
-    """write_video, with one line where that fails."""
-
-    def write(frames, path, *rest):
-        try:
-            write_video(frames, path, *rest)
-        except OSError as error:
-            fail(f"cannot write {path}: {error}")
-
-    return write
 
 
 def import_all():

@@ -198,5 +198,7 @@ def write_video(frames, path, fps, sound):
             for frame in frames:
                 writer.append_data(frame)
         draft.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
     finally:
         draft.unlink(missing_ok=True)

@@ -132,9 +132,11 @@ class TeaCacheState:
             self.branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
             goes_on = any(b.tensors[-1] is tensors[-1] or b.has(tensors) for b in self.branches)
             if self.last and time > self.time:
-                warn_of_steps(f"a generation goes on after the {num_steps} of num_steps")
+                warn_of_steps(f"a generation goes on after the {num_steps} steps of num_steps")
             elif not self.last and self.step >= 0 and (time < self.time or not goes_on):
-                warn_of_steps(f"a generation ended after {self.step + 1} steps, and num_steps is {num_steps}")
+                warn_of_steps(
+                    f"a generation was interrupted, or has {self.step + 1} steps, not {num_steps} as num_steps"
+                )
             if time < self.time or not goes_on:
                 self.reset()
             self.step, self.time, self.compute = self.step + 1, time, None
@@ -161,9 +163,8 @@ class TeaCacheState:
             if compute is None:
                 compute = signal is None or branch.signal is None
                 if not compute:
-                    self.accumulated += rescale(
-                        coefficients, relative_l1(signal, branch.signal.to(signal.device)), domain
-                    )
+                    change = relative_l1(signal, branch.signal.to(signal.device))
+                    self.accumulated += rescale(coefficients, change, domain)
                     compute = not self.accumulated < thresh  # a NaN computes
             self.decide(compute)
         branch.signal = signal if signal is None else signal.to(branch.device or signal.device)
@@ -177,7 +178,8 @@ class TeaCacheState:
 
 
 def warn_of_steps(what):
-    warnings.warn(f"TeaCache: {what}. Unless it was interrupted, give num_steps as num_inference_steps", stacklevel=3)
+    """Where num_steps is not the pipeline's, another step than the last is taken for it."""
+    warnings.warn(f"TeaCache: {what}: num_steps must be the pipeline's num_inference_steps", stacklevel=3)
 
 
 def relative_l1(new, old):
@@ -672,6 +674,8 @@ def main(argv=None):
     logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said here, in one line
     try:
         run(args, options)
+    except OSError as error:
+        fail(error)
     except KeyboardInterrupt:
         print("\nstopped" + ": the same command goes on from here" * bool(args.pairs), file=sys.stderr)
         sys.exit(130)
@@ -687,7 +691,7 @@ def run(args, options):
         pipeline, audio_proj = options.load(args, load_pipeline)
         made = functools.partial(generate, pipeline, audio_proj, inputs, args.config, args.seed, args.predict)
         made = functools.partial(made, cache_device=args.cache_device)
-        write_video = options.written(args.prepare_memo.write_video)
+        write_video = args.prepare_memo.write_video
         if args.compare:
             args.tool.compare(made, inputs, args, write_video)
             return

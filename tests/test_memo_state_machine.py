@@ -98,6 +98,25 @@ def test_forecast(model):
     assert calls[calls.index(1) : calls.index(7)] == [x for i in range(1, 7) for x in (i, "conv_in")]
 
 
+@pytest.mark.parametrize("predict", ["hold", "forecast"])
+def test_the_cache_lives_where_it_is_told(model, predict):
+    """All of it; what lies on "meta" cannot come back, and the first comparison says so."""
+    seen = []
+
+    def watch(step):
+        branches = model.teacache.branches if "teacache" in vars(model) else []
+        seen.extend(t.device.type for b in branches for t in tensors_in([b.signal, b.computed]))
+
+    apply_teacache(model, STEPS, 9.0, predict=predict, cache_device="meta")
+    with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
+        denoise(model, Clip(), before_step=watch)
+    assert set(seen) == {"meta"}
+    apply_teacache(model, STEPS, 9.0, predict=predict)
+    del seen[:]
+    denoise(model, Clip(), before_step=watch)
+    assert set(seen) == {"cpu"}
+
+
 @pytest.mark.parametrize("at", range(STEPS))
 def test_forecast_after_an_interruption(model, at):
     """Also where the next clip begins at the very timestep at which the last one stopped."""

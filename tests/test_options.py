@@ -475,7 +475,7 @@ def test_verbose(tmp_path):
 # --- num_steps that is not the pipeline's --------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps, says", [(6, "ended after 6 steps"), (10, "goes on after the 8 of num_steps")])
+@pytest.mark.parametrize("steps, says", [(6, "has 6 steps, not 8"), (10, "goes on after the 8 steps")])
 def test_num_steps_that_is_not_the_pipelines(steps, says):
     model = tiny_model()
     apply_teacache(model, 8, 0.1, IDENTITY)
