@@ -1,185 +1,169 @@
-"""TeaCache for MEMO: the same talking head from fewer passes through the network, without training.
+"""TeaCache for MEMO: training-free caching of the talking-head model, in one self-contained script.
 
-MEMO (arXiv 2412.04448) turns a portrait and a voice into video, in clips of 16 frames, each denoised in 20 steps by a
-UNet. Between two steps the features of its input convolution change a little, and the output of its blocks, so TeaCache
-takes it, in proportion. It adds up their relative L1 change; while the sum stays below `REL_L1_THRESH`, the blocks are
-skipped, and what they added at the last computed step is added again. Computed always: the first and the last step of a
-clip, and every step that writes MEMO's memory of past frames.
-
+MEMO (arXiv 2412.04448) makes video of a portrait and a voice, in clips of 16 frames. When the features of its first
+convolution have barely changed since the last computed step, TeaCache skips the blocks and adds their last residual
+again (order 0). With a fixed number of computed steps, it extrapolates the last two outputs instead (order 1).
 Paper: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, arXiv 2411.19108.
 
-    python teacache_memo.py                                  # memo's own example; edit the constants below
-    python teacache_memo.py --input_image face.jpg --input_audio speech.wav --output_dir outputs
-    python teacache_memo.py --compare 0 0.09 0.15 0.25       # side by side
-    python teacache_memo.py --pairs FILE                     # a video a line
+    python teacache_memo.py --input_image face.jpg --input_audio speech.wav     # or edit the constants below
 
-The command line needs options_memo.py and prepare_memo.py beside this file. In your own code it needs nothing else;
-nothing happens at import, and memo need not be installed for it:
+In your own code (importing this file changes nothing):
 
     from TeaCache4Memo.teacache_memo import apply_teacache, load_pipeline
     pipeline, audio_proj = load_pipeline("memoavatar/memo")
     apply_teacache(pipeline.diffusion_net, num_steps=20, rel_l1_thresh=0.15)
 """
 
-import functools
-import importlib
+import argparse
 import math
-import numbers
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
 
-try:
-    import torch
-    from diffusers.utils import logging
-except ImportError as error:
-    if __name__ != "__main__":
-        raise
-    what = "teacache_memo: needs Python 3.10 or newer, torch, and diffusers"
-    sys.exit(f"{what} ({error}): pip install torch diffusers, and memo after it")
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import is_xformers_available
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.9x fewer passes (20 steps, see README)
-NUM_INFERENCE_STEPS = 20  # for apply_teacache; the script takes inference_steps from CONFIG
+COMPUTED_STEPS = None  # instead of the threshold: compute exactly so many steps of each clip, say 10 of 20
+ORDER = 0  # skipped steps under a threshold. 0: add the last residual (TeaCache) | 1: extrapolate the last two outputs
+NUM_INFERENCE_STEPS = 20  # for apply_teacache; the command line takes inference_steps from CONFIG
 SEED = 42
-INPUT_IMAGE = "assets/examples/dicaprio.jpg"  # these three are looked for here, then in the folder of memo's code
+CONFIG = "configs/inference.yaml"  # these three are looked for here, then in the folder of memo
+INPUT_IMAGE = "assets/examples/dicaprio.jpg"
 INPUT_AUDIO = "assets/examples/speech.wav"
-CONFIG = "configs/inference.yaml"
-OUTPUT_DIR = "outputs"
-MODEL = "memoavatar/memo"  # for load_pipeline; the script takes model_name_or_path and vae from CONFIG
-VAE = "stabilityai/sd-vae-ft-mse"
-COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: identity, none was fitted for MEMO
-INDICATOR = "features"  # of the input convolution
-INDICATORS = {"features": (REL_L1_THRESH, COEFFICIENTS, None)}  # threshold, coefficients, domain
-SPEEDUP = None  # a number, 2.0 say, instead of the threshold: half of the steps are computed, no more and no fewer
-PREDICT = "hold"  # a skipped step: "hold" adds the last residual again (original), "forecast" extrapolates the output
-DAMPING = 0.5  # of the forecast, see Branch.predict
-INSTALL_MEMO = "git clone https://github.com/memoavatar/memo && pip install -e memo"
+MODEL = "memoavatar/memo"  # for load_pipeline; the command line takes model_name_or_path from CONFIG
+COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: the identity, none was fitted for MEMO
+DAMPING = 0.5  # of the extrapolation, see Branch.forecast
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as CONFIG names them
 # ------------------------------------------------------------------------------
 
 
-# --- the state of a generation ------------------------------------------------
+def import_memo():
+    """What memo's modules define, by name. memo imports xformers, used or not; a stand-in takes its place."""
+    stand_ins = {}
+    try:
+        import xformers.ops  # noqa: F401
+    except Exception:  # not installed, or not for this torch
+        stand_ins = {name: ModuleType(name) for name in ("xformers", "xformers.ops")}
+    sys.modules.update(stand_ins)
+    try:
+        from memo.models import attention_processor, audio_proj, image_proj, motion_module, unet_2d_condition, unet_3d
+        from memo.pipelines import video_pipeline
+    finally:
+        for name in stand_ins:
+            sys.modules.pop(name)
+    modules = attention_processor, audio_proj, image_proj, motion_module, unet_2d_condition, unet_3d, video_pipeline
+    return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
+
+
+SETTINGS = "enable_teacache", "num_steps", "rel_l1_thresh", "coefficients", "order", "computed_steps"
+try:
+    STOCK_FORWARD = globals().get("STOCK_FORWARD") or import_memo().UNet3DConditionModel.forward  # kept if reloaded
+except ImportError:  # memo is not installed
+    STOCK_FORWARD = None
 
 
 class Branch:
-    """What is remembered for one conditioning of a running generation; guidance in two passes has two of them."""
+    """The cache of one conditioning. Classifier-free guidance has two branches: prompt and negative prompt."""
 
-    def __init__(self, tensors, layout, device=None):
-        self.tensors, self.layout = tensors, layout  # what it is known by
-        self.device = device  # keeps what is cached; None: wherever that was made
-        self.step = -1  # the last step that called it
-        self.signal = None  # what the indicator saw at that step
-        self.computed = []  # (time, tensor) of the last computed step, or two: what predict() continues
+    def __init__(self, conditioning, layout):
+        self.conditioning, self.layout, self.step = conditioning, layout, -1  # step: the last that used this branch
+        self.residual = None  # order 0: output minus input of the blocks at the last computed step
+        self.history = []  # order 1: (timestep, output) of the last two computed steps
 
-    def has(self, tensors):
-        """These very tensors, or (where a caller casts anew at each call) equal ones."""
-        return all(
-            a is b or ((a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device) and torch.equal(a, b))
-            for a, b in zip(self.tensors, tensors)
+    def matches(self, conditioning, layout):
+        """Equal values count: a caller may cast its tensors anew at every call."""
+        return self.layout == layout and all(
+            a is b or torch.is_tensor(a) and torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+            for a, b in zip(self.conditioning, conditioning)
         )
 
-    def remember(self, time, tensor, predict):
-        """Keep the output (forecast: and the one before it) or residual (hold) of a computed step."""
-        before = [(t, x) for t, x in self.computed if t < time and predict == "forecast"]  # a step may be called again
-        self.computed = [*before[-1:], (time, tensor.to(self.device or tensor.device))]
+    def remember(self, timestep, output):
+        earlier = [(t, x) for t, x in self.history if t < timestep]  # a step may be called twice
+        self.history = [*earlier[-1:], (timestep, output.clone())]  # the caller may write into its output
 
-    def predict(self, time, device):
-        """The last computed tensor, carried on along the line through the last two where two are kept.
-
-        The further it is carried, in units of the gap between the two, the less the line is trusted.
-        """
-        last_time, last = self.computed[-1]
-        last = last.to(device)
-        if len(self.computed) == 1:
-            return last
-        time_before, before = self.computed[0]
-        before = before.to(device)
-        gap = (time - last_time) / (last_time - time_before)
-        return last + (last - before) * (gap / (1 + DAMPING * gap))
+    def forecast(self, timestep):
+        """Damped linear extrapolation: g times the last gap ahead, it advances g / (1 + DAMPING * g) times."""
+        t1, last = self.history[-1]
+        if len(self.history) == 1:
+            return last.clone()
+        t0, previous = self.history[0]
+        g = (timestep - t1) / (t1 - t0)
+        return last + (last - previous) * (g / (1 + DAMPING * g))
 
 
 class TeaCacheState:
-    """Where a model stands in a generation: the step, the decision for it, and its branches.
+    """The running generation of one model: its steps, their schedule, and the cache of each branch.
 
-    It sees only the calls. All calls of one step share their `time`, and it rises from step to step. A time that
-    falls, or a conditioning that has nothing of the last step's, begins a new generation: so an interrupted one, or
-    one with another prompt, size or batch, leaves nothing to the next. A branch that misses a step is forgotten.
+    A new generation starts when the timestep goes backwards or the conditioning changes; nothing of the last one stays.
     """
 
     def __init__(self):
-        self.reset()
-
-    def reset(self):
-        self.step, self.time, self.last = -1, -math.inf, False
-        self.times = []  # of all steps so far
-        self.compute = None  # the decision for this step, for all its branches; None: not yet made
+        self.step, self.timestep, self.last_step = -1, -math.inf, False
+        self.timesteps, self.schedule = [], []  # one entry a step; schedule: True for a computed step
+        self.compute = None  # the decision for this step, shared by its branches; None: not made yet
+        self.modulated_input = None, None  # of the last step: the branch that decided, and what it saw
         self.accumulated = 0.0  # rescaled relative L1 change since the last computed step
-        self.schedule = []  # the decisions of this generation: True for a step that is computed
         self.branches = []
 
-    def enter(self, time, tensors, layout, num_steps, device=None):
-        """The branch of this call, after moving to its step. When the last step begins, all branches are let go.
+    def advance(self, model, timestep, conditioning, latents):
+        """Read the settings, move to the step of this call and return its branch. The last step begins with freeing it.
 
-        tensors: the conditioning; the last is the very same object throughout a generation, even where another is
-        replaced midway (as callback_on_step_end may). layout: plain values that a generation keeps: the latents' shape.
-        device: keeps what is cached.
+        timestep: 0 is noise and 1 the end; calls of one step share it. conditioning: tensors or None, of which the last
+        stays the same object throughout a generation.
         """
-        if time != self.time:
-            self.branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
-            goes_on = any(b.tensors[-1] is tensors[-1] or b.has(tensors) for b in self.branches)
-            if self.last and time > self.time:
-                warn_of_steps(f"a generation goes on after the {num_steps} steps of num_steps")
-            elif not self.last and self.step >= 0 and (time < self.time or not goes_on):
-                warn_of_steps(
-                    f"a generation was interrupted, or has {self.step + 1} steps, not {num_steps} as num_steps"
-                )
-            if time < self.time or not goes_on:
-                self.reset()
-            self.step, self.time, self.compute = self.step + 1, time, None
-            self.times.append(time)
-        self.last = self.step >= num_steps - 1
-        if self.last:
-            self.branches = []
-        branch = next((b for b in self.branches if b.layout == layout and b.has(tensors)), None)
-        if branch is None:
-            branch = Branch(tensors, layout, device)
-            if not self.last:
-                self.branches.append(branch)
+        self.num_steps = getattr(model, "num_steps", NUM_INFERENCE_STEPS)
+        self.rel_l1_thresh = getattr(model, "rel_l1_thresh", REL_L1_THRESH)
+        self.coefficients = getattr(model, "coefficients", COEFFICIENTS)
+        self.budget = getattr(model, "computed_steps", None if hasattr(model, "rel_l1_thresh") else COMPUTED_STEPS)
+        layout = latents.shape, latents.dtype, latents.device
+        if timestep != self.timestep:
+            branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
+            known = any(b.conditioning[-1] is conditioning[-1] or b.matches(conditioning, layout) for b in branches)
+            if timestep < self.timestep or not known:
+                if timestep > self.timestep if self.last_step else self.step >= 0:
+                    took = f"a generation took {self.step + 1 + self.last_step} steps or was interrupted"
+                    warnings.warn(f"TeaCache: {took}, and num_steps is {self.num_steps}", stacklevel=3)
+                self.__init__()
+                branches = []
+            self.branches, self.step, self.timestep, self.compute = branches, self.step + 1, timestep, None
+            self.timesteps.append(timestep)
+        self.last_step = self.step >= self.num_steps - 1
+        if self.last_step:
+            self.branches, self.modulated_input = [], (None, None)
+        self.caching = not self.last_step and (self.budget is not None or self.rel_l1_thresh > 0)
+        self.order = getattr(model, "order", ORDER) if self.caching and self.budget is None else 1
+        branch = next((b for b in self.branches if b.matches(conditioning, layout)), Branch(conditioning, layout))
+        self.branches += [branch] if not self.last_step and branch not in self.branches else []
         branch.step = self.step
         return branch
 
-    def skips(self, branch, signal, thresh, coefficients, domain, force=False, due=None):
-        """Whether this call is skipped. The first call of a step decides for all of its branches.
+    def decide(self, branch, modulated_input=None, force=False):
+        """Whether this call runs the blocks; None: a threshold needs the `modulated_input` first.
 
-        signal: what the indicator sees, compared with the last step's. force: this step is computed, whatever it sees.
-        due: the decision, where it was made without looking (see `due`).
+        The first call of a step decides for all its branches; one with nothing cached, or with `force`, is computed.
         """
+        needed = force or not self.caching or (not branch.history if self.order else branch.residual is None)
         if self.compute is None:
-            compute = force or not branch.computed or due
-            if compute is None:
-                compute = signal is None or branch.signal is None
-                if not compute:
-                    change = relative_l1(signal, branch.signal.to(signal.device))
-                    self.accumulated += rescale(coefficients, change, domain)
-                    compute = not self.accumulated < thresh  # a NaN computes
-            self.decide(compute)
-        branch.signal = signal if signal is None else signal.to(branch.device or signal.device)
-        return not (self.compute or force) and bool(branch.computed)
-
-    def decide(self, compute):
-        self.compute = compute
-        self.schedule.append(compute)
-        if compute:
-            self.accumulated = 0.0
-
-
-def warn_of_steps(what):
-    """Where num_steps is not the pipeline's, another step than the last is taken for it."""
-    warnings.warn(f"TeaCache: {what}: num_steps must be the pipeline's num_inference_steps", stacklevel=3)
+            if self.caching and self.budget is not None:
+                needed = needed or is_due(self.timesteps, self.schedule, self.num_steps, self.budget)
+            elif self.caching:
+                if modulated_input is None:
+                    return None
+                (decided_by, previous), self.modulated_input = self.modulated_input, (branch, modulated_input)
+                change = relative_l1(modulated_input, previous) if decided_by is branch else math.nan
+                self.accumulated += np.polyval(self.coefficients, change)
+                needed = needed or not self.accumulated < self.rel_l1_thresh  # a NaN computes
+            self.compute, self.accumulated = needed, 0.0 if needed else self.accumulated
+            self.schedule.append(needed)
+        return self.compute or needed
 
 
 def relative_l1(new, old):
@@ -187,338 +171,138 @@ def relative_l1(new, old):
     return ((new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
 
 
-def rescale(coefficients, x, domain=None):
-    """The polynomial at x, highest power first, in float64 (as numpy.polyval); beyond its domain, at the nearer end."""
-    x = min(max(x, domain[0]), domain[1]) if domain else x
-    y = 0.0
-    for c in coefficients:
-        y = y * x + c
-    return y
+def is_due(timesteps, schedule, num_steps, budget):
+    """Whether the step at timesteps[-1] is computed, so that exactly `budget` of `num_steps` are.
 
-
-def count(num_steps, speedup):
-    """How many of `num_steps` are computed at this speedup: at least the first and the last."""
-    return max(round(num_steps / speedup), min(num_steps, 2))
-
-
-def due(times, schedule, num_steps, wanted, end):
-    """Whether the step at times[-1] is computed, so that `wanted` of `num_steps` are, first and last among them.
-
-    times: of the steps so far, this one included; schedule: the decisions before it; end: the time of the picture.
-    What is left of the way from noise to picture, measured half in steps and half in time, is divided by the steps
-    that may still be computed: even in steps alone is too sparse where the scheduler takes large steps in time, even
-    in time alone skips too many in a row where it takes small ones. Needs no knowledge of the steps to come.
+    It ignores the activations: what is left of the budget is spread evenly over the rest of the trajectory, measured as
+    the mean of step index and timestep.
     """
-
-    def place(step):  # 0 at the first step, 1 at the picture
-        return (step / num_steps + (times[step] - times[0]) / ((end - times[0]) or 1.0)) / 2
-
-    step = len(times) - 1
-    to_compute, to_come = wanted - sum(schedule), num_steps - step  # of those to come, this one among them
-    if step == 0 or to_compute <= 1 or to_come <= to_compute:
-        return step == 0 or to_come <= max(to_compute, 1)
-    pace = place(step) - place(step - 1)
-    since = place(max(i for i, computed in enumerate(schedule) if computed))
-    next_one = since + (1 - pace - since) / to_compute  # 1 - pace: about where the last step will be
-    return place(step) + pace / 2 >= next_one
-
-
-# --- the forward ----------------------------------------------------------------
+    start = timesteps[0]
+    position = [(i / num_steps + (t - start) / ((1 - start) or 1.0)) / 2 for i, t in enumerate(timesteps)]  # 0 to 1
+    step = len(timesteps) - 1
+    left, steps_left = budget - sum(schedule), num_steps - step
+    if step == 0 or left <= 1 or steps_left <= left:
+        return step == 0 or steps_left <= max(left, 1)
+    pace = position[step] - position[step - 1]
+    last = position[max(i for i, computed in enumerate(schedule) if computed)]
+    return position[step] + pace / 2 >= last + (1 - pace - last) / left  # 1 - pace: about where the last step is
 
 
 def teacache_forward(
     self,
-    sample,
-    ref_features,
-    timestep,
-    encoder_hidden_states,
-    audio_embedding=None,
-    audio_emotion=None,
-    class_labels=None,
-    mask_cond_fea=None,
-    attention_mask=None,
+    sample,  # (batch, channels, frames, height, width): latents; with guidance a batch of 2, unconditional first
+    ref_features,  # of memo's reference net, {"down": [...], "mid": [...], "up": [...]}: portrait and past frames
+    timestep,  # number, tensor or list of one for each frame: 1000 is noise, 0 the video
+    encoder_hidden_states,  # (batch, tokens, cross_attention_dim): face embedding
+    audio_embedding=None,  # (batch, frames, tokens, audio_attention_dim)
+    audio_emotion=None,  # (batch,): labels
+    class_labels=None,  # (batch,)
+    mask_cond_fea=None,  # added to the features of conv_in
+    attention_mask=None,  # (batch * frames, tokens): 1 for a token, 0 for padding
     down_block_additional_residuals=None,
     mid_block_additional_residual=None,
-    uc_mask=None,
+    uc_mask=None,  # (batch * frames,): True where the portrait is not attended to
     return_dict=True,
-    is_new_audio=True,
-    update_past_memory=False,
+    is_new_audio=True,  # the memory of past frames starts afresh
+    update_past_memory=False,  # the memory takes in the past frames; such a call is always computed
 ):
-    """`UNet3DConditionModel.forward` (memo, commit a5aee30) with TeaCache around the down, mid and up blocks.
+    """`UNet3DConditionModel.forward` (memo, commit a5aee30) with TeaCache: the velocity, shaped like the latents.
 
-    Settings are read from the instance or, the original TeaCache way, from its class: `enable_teacache` (True),
-    `num_steps` (20), `rel_l1_thresh` (0.15), `coefficients` (identity), and those of `apply_teacache`: `domain` (None),
-    `predict` ("hold"), `speedup` (None). State is on the instance, in `self.teacache`.
-
-    Args:
-        sample: (batch, channels, frames, height, width), the noisy latents; batch 2 with guidance, unconditional first.
-        ref_features: memo's reference net's, {"down": [...], "mid": [...], "up": [...]}, portrait and past frames.
-        timestep: number, tensor of 0 or 1 dimensions, or a list of them, one for each frame; falling in a clip.
-        encoder_hidden_states: (batch, tokens, cross_attention_dim), face embedding.
-        audio_embedding: (batch, frames, tokens, audio_attention_dim).
-        audio_emotion: (batch,), labels.
-        class_labels: (batch,), for models with a class embedding.
-        mask_cond_fea: added to the features of `conv_in`.
-        attention_mask: (batch * frames, tokens), 1 for a token and 0 for padding.
-        down_block_additional_residuals, mid_block_additional_residual: added to the features, as by a ControlNet.
-        uc_mask: (batch * frames,), True where the portrait is not attended to.
-        return_dict: memo's `UNet3DConditionOutput` if True, else a tuple of one.
-        is_new_audio: the memory of past frames is begun anew.
-        update_past_memory: the memory takes in the past frames; such a call is always computed.
-
-    Returns: the predicted velocity, (batch, channels, frames, height, width). With gradients enabled, at threshold 0,
-    or with `enable_teacache = False` it is bit for bit the stock forward's. Raises ValueError for one emotion without
-    a batch, which memo's pipeline passes when guidance is off.
+    Settings are read from the instance or its class: `enable_teacache`, `num_steps`, `rel_l1_thresh`, `coefficients`,
+    `order`, `computed_steps`; their defaults are the constants above. The state is `self.teacache`, on the instance.
+    With gradients, at threshold 0, with `enable_teacache = False` and in a computed step, the stock forward runs.
     """
-    from memo.models.unet_3d import UNet3DConditionOutput
+    inputs = {**locals(), "return_dict": False}
+    if torch.is_tensor(audio_emotion) and audio_emotion.ndim == 0:  # memo's pipeline without guidance
+        raise ValueError("audio_emotion needs one label a sample: give guidance_scale > 1 to memo's pipeline")
+    if torch.is_grad_enabled() or not getattr(self, "enable_teacache", True):
+        vars(self).pop("teacache", None)  # the cache would be stale at the next call
+        return STOCK_FORWARD(**{**inputs, "return_dict": return_dict})
 
-    if torch.is_tensor(audio_emotion) and audio_emotion.ndim == 0:
-        raise ValueError("audio_emotion needs a label a sample; memo's pipeline gives that with guidance_scale > 1")
-    timesteps = timestep if isinstance(timestep, list) else [timestep]
+    # TeaCache, before the network: a decision that needs no modulated input
+    cache = vars(self).setdefault("teacache", TeaCacheState())
+    times = [torch.as_tensor(t).double().mean() for t in (timestep if isinstance(timestep, list) else [timestep])]
+    conditioning = [encoder_hidden_states, audio_embedding, audio_emotion, class_labels, mask_cond_fea, attention_mask]
+    conditioning += [uc_mask, ref_features["mid"][0][0][0]]
+    branch = cache.advance(self, 1 - sum(times).item() / len(times) / 1000, conditioning, sample)
+    compute = cache.decide(branch, force=update_past_memory)
 
-    # 1. Input features
-    latents = 2 * sample - 1.0 if self.config.get("center_input_sample", False) else sample
-    features = self.conv_in(latents)  # (batch, block_out_channels[0], frames, height, width)
-    if mask_cond_fea is not None:
-        features = features + mask_cond_fea
+    # pre-process
+    if compute is None or cache.order == 0:
+        features = self.conv_in(2 * sample - 1.0 if self.config.center_input_sample else sample)
+        if mask_cond_fea is not None:
+            features = features + mask_cond_fea  # (batch, block_out_channels[0], frames, height, width)
 
-    # TeaCache, the one departure from stock: skip the blocks, or run them and remember what they added
-    branch, skip, predict = None, False, getattr(self, "predict", PREDICT)
-    if getattr(self, "enable_teacache", True) and not torch.is_grad_enabled():
-        state = vars(self).setdefault("teacache", TeaCacheState())
-        thresh, speedup = getattr(self, "rel_l1_thresh", REL_L1_THRESH), getattr(self, "speedup", SPEEDUP)
-        rescaling = getattr(self, "coefficients", COEFFICIENTS), getattr(self, "domain", None)  # highest power first
-        num_steps = getattr(self, "num_steps", NUM_INFERENCE_STEPS)
-        progress = -sum(torch.as_tensor(t, dtype=torch.float32).mean().item() for t in timesteps)  # memo's t falls
-        conditioning = [encoder_hidden_states, audio_embedding, audio_emotion, class_labels, mask_cond_fea]
-        conditioning += [attention_mask, uc_mask, ref_features["mid"][0][0][0]]  # the last: one object for the clip
-        given = [tensor is not None for tensor in conditioning]
-        tensors = [tensor for tensor in conditioning if tensor is not None]
-        layout = (sample.shape, sample.dtype, sample.device, given, predict)
-        branch = state.enter(progress, tensors, layout, num_steps, getattr(self, "cache_device", None))
-        caching, decision = (thresh > 0 or speedup is not None) and not state.last, None
-        if speedup is not None:
-            decision = due(state.times, state.schedule[: state.step], num_steps, count(num_steps, speedup), end=0.0)
-        signal = features if caching and speedup is None else None
-        skip = state.skips(branch, signal, thresh, *rescaling, force=update_past_memory, due=decision)
+    # ---- TeaCache: the one departure from stock, whose down, mid and up blocks run at every step ----
+    if compute is None:
+        compute = cache.decide(branch, modulated_input=features, force=update_past_memory)
+    if compute:
+        hidden = []  # the output of the blocks is the input of conv_norm_out
+        hook = self.conv_norm_out.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
+        try:
+            sample = STOCK_FORWARD(**inputs)[0]
+        finally:
+            hook.remove()
+        if cache.order == 0:
+            branch.residual = hidden[0] - features
+        elif cache.caching:
+            branch.remember(cache.timestep, sample)
+    elif cache.order == 0:
+        sample = self.conv_out(self.conv_act(self.conv_norm_out(features + branch.residual)))  # post-process
     else:
-        vars(self).pop("teacache", None)  # what was cached would be too old for a later call
-
-    if skip and predict == "hold":
-        hidden = features + branch.predict(progress, sample.device)
-    elif not skip:
-        # 2. Timestep and class embedding, (batch, channels) or, for a list of timesteps, (batch, frames, channels)
-        embedded = []
-        for t in timesteps:
-            if not torch.is_tensor(t):  # in a list, stock cuts off the fraction
-                t = torch.tensor(t if isinstance(timestep, float) else int(t))
-            embedded.append(self.time_proj(t.to(sample.device).flatten().expand(len(sample))).to(self.dtype))
-        temb = self.time_embedding(torch.stack(embedded, dim=1) if isinstance(timestep, list) else embedded[0])
-        if self.class_embedding is not None:
-            if class_labels is None:
-                raise ValueError("this model has a class embedding: give class_labels")
-            if self.config.class_embed_type == "timestep":
-                class_labels = self.time_proj(class_labels)
-            temb = temb + self.class_embedding(class_labels).to(self.dtype)
-
-        # 3. Blocks; those with cross-attention hear the audio, and pass it on
-        if attention_mask is not None:
-            attention_mask = ((1 - attention_mask.to(sample.dtype)) * -10000.0).unsqueeze(1)
-        hears = {"attention_mask": attention_mask, "emotion": audio_emotion, "uc_mask": uc_mask}
-        common = {"temb": temb, "encoder_hidden_states": encoder_hidden_states}
-        common |= {"is_new_audio": is_new_audio, "update_past_memory": update_past_memory}
-
-        def inputs(block, ref_feature_list):
-            crosses = getattr(block, "has_cross_attention", False)
-            audio = {"audio_embedding": audio_embedding, **hears} if crosses else {}
-            return {"ref_feature_list": ref_feature_list, **common, **audio}
-
-        hidden, skips = features, (features,)
-        for i, block in enumerate(self.down_blocks):
-            hidden, outputs, *audio = block(hidden_states=hidden, **inputs(block, ref_features["down"][i]))
-            audio_embedding = audio[0] if audio else audio_embedding
-            skips += outputs
-        if down_block_additional_residuals is not None:
-            skips = tuple(a + b for a, b in zip(skips, down_block_additional_residuals))
-
-        hidden, audio_embedding = self.mid_block(hidden, **inputs(self.mid_block, ref_features["mid"][0]))
-        if mid_block_additional_residual is not None:
-            hidden = hidden + mid_block_additional_residual
-
-        divisible = all(side % 2**self.num_upsamplers == 0 for side in sample.shape[-2:])
-        size = None  # (frames, height, width) to upsample to, where doubling would not meet the skip connection
-        for i, block in enumerate(self.up_blocks):
-            skips, taken = skips[: -len(block.resnets)], skips[-len(block.resnets) :]
-            if not divisible and i < len(self.up_blocks) - 1:
-                size = skips[-1].shape[2:]
-            up = {"res_hidden_states_tuple": taken, "upsample_size": size, **inputs(block, ref_features["up"][i])}
-            output = block(hidden_states=hidden, **up)
-            hidden, audio_embedding = output if isinstance(output, tuple) else (output, audio_embedding)
-
-    # 4. Output convolution
-    if skip and predict == "forecast":
-        output = branch.predict(progress, sample.device).clone()  # the caller may write into it
-    else:
-        output = self.conv_out(self.conv_act(self.conv_norm_out(hidden)))
-        if branch is not None and caching and not skip:
-            branch.remember(progress, output.clone() if predict == "forecast" else hidden - features, predict)
-    return UNet3DConditionOutput(sample=output) if return_dict else (output,)
-
-
-SETTINGS = (
-    "enable_teacache",
-    "num_steps",
-    "rel_l1_thresh",
-    "coefficients",
-    "domain",
-    "predict",
-    "indicator",
-    "speedup",
-    "cache_device",
-)
-
-
-def check_settings(
-    num_steps,
-    rel_l1_thresh,
-    coefficients=(1.0, 0.0),
-    domain=None,
-    predict=PREDICT,
-    indicator=INDICATOR,
-    speedup=None,
-    cache_device=None,
-):
-    """ValueError with what to do, for settings that make no sense."""
-    if not isinstance(num_steps, numbers.Integral) or num_steps < 1:
-        raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
-    if not (math.isfinite(rel_l1_thresh) and rel_l1_thresh >= 0):
-        raise ValueError(f"rel_l1_thresh must be a number of at least 0 (0: nothing is skipped), not {rel_l1_thresh}")
-    if len(coefficients) == 0 or not all(map(math.isfinite, coefficients)):
-        raise ValueError(f"coefficients must be finite numbers, highest power first, not {coefficients}")
-    if domain is not None and not (len(domain) == 2 and -math.inf < domain[0] <= domain[1] < math.inf):
-        raise ValueError(f"domain must be None or two numbers, the lower first, not {domain}")
-    if predict not in ("hold", "forecast"):
-        raise ValueError(f"predict must be hold or forecast, not {predict}")
-    if indicator not in INDICATORS:
-        raise ValueError(f"indicator must be {' or '.join(INDICATORS)}, not {indicator}")
-    most = max(num_steps / 2, 1)
-    if speedup is not None and not 1 <= speedup <= most:
-        raise ValueError(
-            f"speedup must lie between 1 and {most:g} for {num_steps} steps, as the first and the last "
-            f"are always computed, not {speedup:g}"
-        )
-    try:
-        torch.device(cache_device or "cpu")
-    except RuntimeError:
-        raise ValueError(f'cache_device must be None or a device of torch, such as "cpu", not {cache_device}') from None
+        sample = branch.forecast(cache.timestep)
+    # ---- end of the departure ----
+    return sys.modules[type(self).__module__].UNet3DConditionOutput(sample=sample) if return_dict else (sample,)
 
 
 def apply_teacache(
-    model,
-    num_steps=NUM_INFERENCE_STEPS,
-    rel_l1_thresh=None,
-    coefficients=None,
-    predict=PREDICT,
-    *,
-    indicator=INDICATOR,
-    domain=None,
-    speedup=None,
-    cache_device=None,
+    model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=None, coefficients=None, order=ORDER, *, computed_steps=None
 ):
-    """Give this one model TeaCache; others are untouched. Applying it again changes the settings, and starts afresh.
+    """Switch TeaCache on for `pipeline.transformer` or `pipeline.diffusion_net`, before or after offloading is enabled.
 
-    Args:
-        model: the pipeline's model, before or after accelerate's offloading was enabled.
-        num_steps: the pipeline's `num_inference_steps`, so that the last step is known.
-        rel_l1_thresh: 0 skips nothing; more skips more. None: the indicator's, in `INDICATORS`.
-        coefficients: of the rescaling polynomial, highest power first; None: the indicator's, in `INDICATORS`.
-        predict: "hold" adds the last residual again, as the original; "forecast" extrapolates the last two outputs.
-        indicator: what is watched from step to step, a name in `INDICATORS`.
-        domain: (lowest, highest) relative change that `coefficients` were fitted to; None: they hold everywhere.
-        speedup: instead of a threshold: `num_steps / speedup` steps are computed, rounded. It watches nothing.
-            None: `SPEEDUP`, where no threshold is given either.
-        cache_device: keeps what is cached, "cpu" say; None: the device that it was made on.
-
-    Raises ValueError for settings that make no sense, and for a model whose forward something else has replaced.
-    Returns the model.
+    num_steps: the pipeline's `num_inference_steps`. rel_l1_thresh: compute a step when the accumulated, rescaled relative
+    L1 change reaches this; 0 skips nothing. coefficients: of the rescaling polynomial, highest power first. order: of
+    the steps that a threshold skips, see ORDER. computed_steps: instead of a threshold, compute exactly so many steps.
+    Defaults are the constants above. Returns the model. Raises ValueError for settings that cannot work.
     """
     if not isinstance(model, torch.nn.Module):
-        what = "pipeline.transformer or pipeline.diffusion_net"
-        raise ValueError(f"give the model itself, such as {what}, not a {type(model).__name__}")
-    if speedup is not None and rel_l1_thresh is not None:
-        raise ValueError("give rel_l1_thresh or speedup, not both")
-    speedup = SPEEDUP if speedup is None and rel_l1_thresh is None else speedup
-    default_thresh, default_coefficients, default_domain = INDICATORS.get(indicator, (0, [0], None))
-    rel_l1_thresh = default_thresh if rel_l1_thresh is None else rel_l1_thresh
-    domain = default_domain if coefficients is None and domain is None else domain
-    coefficients = list(default_coefficients if coefficients is None else coefficients)
-    check_settings(num_steps, rel_l1_thresh, coefficients, domain, predict, indicator, speedup, cache_device)
-    setattr(model, forward_slot(model), MethodType(teacache_forward, model))
-    vars(model).pop("teacache", None)
-    rescaling = float(rel_l1_thresh), coefficients, domain
-    settings = True, int(num_steps), *rescaling, predict, indicator, speedup, cache_device
-    for name, value in zip(SETTINGS, settings):
-        setattr(model, name, value)
+        raise ValueError(f"give pipeline.transformer or pipeline.diffusion_net, not a {type(model).__name__}")
+    if rel_l1_thresh is None and computed_steps is None:
+        rel_l1_thresh, computed_steps = (REL_L1_THRESH, None) if COMPUTED_STEPS is None else (None, COMPUTED_STEPS)
+    check_settings(num_steps, rel_l1_thresh, computed_steps)
+    remove_teacache(model)
+    slot = "_old_forward" if "_old_forward" in vars(model) else "forward"  # accelerate's offloading moves it there
+    coefficients = COEFFICIENTS if coefficients is None else coefficients
+    values = True, num_steps, rel_l1_thresh or 0.0, coefficients, order, computed_steps
+    vars(model).update(zip(SETTINGS, values), **{slot: MethodType(teacache_forward, model)})
     return model
 
 
 def remove_teacache(model):
-    """The stock forward again; no attribute and no tensor is left behind. Returns the model."""
-    if "coefficients" in vars(model):  # apply_teacache was here
-        slot = forward_slot(model)
-        vars(model).pop(slot, None)
-        if slot == "_old_forward":
-            model._old_forward = MethodType(type(model).forward, model)
+    """Restore the stock forward and free the cache. Returns the model."""
+    for slot in ("forward", "_old_forward"):
+        if getattr(vars(model).get(slot), "__func__", None) is teacache_forward:
+            vars(model).pop(slot)
+            if slot == "_old_forward":
+                model._old_forward = MethodType(type(model).forward, model)
     for name in (*SETTINGS, "teacache"):
         vars(model).pop(name, None)
     return model
 
 
-def forward_slot(model):
-    """The attribute that holds the model's own forward: accelerate's offloading hooks keep it in `_old_forward`."""
-    slot = "_old_forward" if "_old_forward" in vars(model) else "forward"
-    own = getattr(getattr(model, slot), "__func__", None) in (teacache_forward, type(model).forward)
-    if not own or getattr(model, "_compiled_call_impl", None) is not None:
-        what = "this model's forward was replaced by something else (a hook, torch.compile)"
-        raise ValueError(f"{what}: undo that first, and compile the blocks in the model instead of the model")
-    return slot
-
-
-# --- memo -----------------------------------------------------------------------
-
-
-def import_memo():
-    """memo's classes. xformers, which memo imports whether or not it can be used, need not be there."""
-    stand_ins = {}
-    try:
-        if not torch.cuda.is_available():
-            raise ImportError("xformers is of no use without CUDA")
-        importlib.import_module("xformers.ops")
-    except Exception:  # not installed, or built for another torch
-        stand_ins = {name: ModuleType(name) for name in ("xformers", "xformers.ops") if name not in sys.modules}
-        sys.modules.update(stand_ins)
-    try:
-        from memo.models.attention_processor import MemoryLinearAttnProcessor
-        from memo.models.audio_proj import AudioProjModel
-        from memo.models.image_proj import ImageProjModel
-        from memo.models.motion_module import MemoryLinearAttention
-        from memo.models.unet_2d_condition import UNet2DConditionModel
-        from memo.models.unet_3d import UNet3DConditionModel
-        from memo.pipelines.video_pipeline import VideoPipeline
-    finally:
-        for name in stand_ins:
-            sys.modules.pop(name, None)
-    networks = AudioProjModel, ImageProjModel, UNet2DConditionModel, UNet3DConditionModel
-    classes = *networks, MemoryLinearAttention, MemoryLinearAttnProcessor, VideoPipeline
-    return SimpleNamespace(**{c.__name__: c for c in classes})
+def check_settings(num_steps, rel_l1_thresh, computed_steps):
+    if num_steps is None or not num_steps >= 1 or num_steps % 1:
+        raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
+    if rel_l1_thresh is not None and computed_steps is not None:
+        raise ValueError("give rel_l1_thresh or computed_steps, not both")
+    if rel_l1_thresh is not None and not 0 <= rel_l1_thresh < math.inf:
+        raise ValueError(f"rel_l1_thresh must be a number of at least 0 (0 skips nothing), not {rel_l1_thresh}")
+    if computed_steps is not None and computed_steps not in range(min(2, num_steps), num_steps + 1):
+        raise ValueError(f"computed_steps must be 2 to {num_steps}, the number of steps, not {computed_steps}")
 
 
 def set_memory_processors(diffusion_net):
-    """Give MEMO's memory attention its processor, with an empty memory. Returns the model.
-
-    `from_pretrained` leaves diffusers' default there, with which the first call is a TypeError, unless xformers is
-    enabled afterwards.
-    """
+    """Give MEMO's memory attention its processor: after `from_pretrained` it has diffusers', which fails."""
     memo = import_memo()
     for module in diffusion_net.modules():
         if isinstance(module, memo.MemoryLinearAttention):
@@ -526,183 +310,141 @@ def set_memory_processors(diffusion_net):
     return diffusion_net
 
 
-def load_pipeline(model=MODEL, vae=VAE, device=None, dtype=torch.bfloat16, xformers=True):
+def load_pipeline(model=MODEL, vae="stabilityai/sd-vae-ft-mse", device=None, dtype=torch.bfloat16, xformers=True):
     """memo's `VideoPipeline` and `AudioProjModel`, ready to run.
 
-    Args:
-        model: Hub name, or folder: memo's own layout (diffusion_net, reference_net, image_proj, audio_proj), or a
-            pipeline saved by diffusers (model_index.json) with audio_proj beside its parts.
-        vae: Hub name or folder of the VAE, for memo's own layout; a saved pipeline brings its own.
-        device: default CUDA where there is one, else the CPU.
-        dtype: of all but the audio projection, which stays in float32 on the CPU, as in memo.
-        xformers: use its attention where it works; it needs CUDA.
-
-    Raises ImportError where memo or what it needs is not installed, OSError where a part of the model is missing.
+    model: Hub name or folder, in memo's own layout or as `save_pretrained` writes it, with audio_proj beside the parts.
+    vae: where `model` has none. device: default CUDA, else the CPU. dtype: of all but the audio projection, which stays
+    in float32 on the CPU, as in memo. Raises ImportError without memo, OSError if a part of the model is missing.
     """
-    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-
     memo = import_memo()
-    if (Path(model) / "model_index.json").is_file():
-        pipeline = memo.VideoPipeline.from_pretrained(model)
-    else:
-        parts = {
-            "reference_net": memo.UNet2DConditionModel,
-            "diffusion_net": memo.UNet3DConditionModel,
-            "image_proj": memo.ImageProjModel,
-        }
-        load = {"use_safetensors": True}
-        pipeline = memo.VideoPipeline(
-            vae=AutoencoderKL.from_pretrained(vae),
-            scheduler=FlowMatchEulerDiscreteScheduler(),
-            **{name: part.from_pretrained(model, subfolder=name, **load) for name, part in parts.items()},
-        )
-    audio_proj = memo.AudioProjModel.from_pretrained(model, subfolder="audio_proj", use_safetensors=True)
-    for part in (pipeline.vae, pipeline.reference_net, pipeline.diffusion_net, pipeline.image_proj, audio_proj):
-        part.requires_grad_(False).eval()
-
+    pipeline = memo.VideoPipeline(
+        vae=AutoencoderKL.from_pretrained(f"{model}/vae" if Path(model, "vae").is_dir() else vae),
+        reference_net=memo.UNet2DConditionModel.from_pretrained(model, subfolder="reference_net"),
+        diffusion_net=memo.UNet3DConditionModel.from_pretrained(model, subfolder="diffusion_net"),
+        image_proj=memo.ImageProjModel.from_pretrained(model, subfolder="image_proj"),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    )
+    audio_proj = memo.AudioProjModel.from_pretrained(model, subfolder="audio_proj")
     set_memory_processors(pipeline.diffusion_net)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if xformers and device.type == "cuda":
-        try:  # each raises before it has changed anything where xformers is missing or does not run
-            pipeline.reference_net.enable_xformers_memory_efficient_attention()
-            pipeline.diffusion_net.enable_xformers_memory_efficient_attention()
-        except Exception as error:
-            logging.get_logger(__name__).info(f"xformers is not used: {error}")
-    return pipeline.to(device=device, dtype=dtype), audio_proj
+    if xformers and device.type == "cuda" and is_xformers_available():
+        pipeline.reference_net.enable_xformers_memory_efficient_attention()
+        pipeline.diffusion_net.enable_xformers_memory_efficient_attention()
+    return pipeline.to(device=device, dtype=DTYPES.get(dtype, dtype)), audio_proj
 
 
-def generate(
-    pipeline,
-    audio_proj,
-    inputs,
-    config,
-    seed,
-    predict,
-    thresh,
-    steps=None,
-    max_clips=None,
-    speedup=None,
-    cache_device=None,
-    quiet=False,
-):
-    """The video, clip by clip, each beginning with the last frames of the one before.
+def prepare(image, audio, config, folder):
+    """The inputs of `generate`, by memo's functions for faces and voices; sound files are written into `folder`."""
+    from huggingface_hub import snapshot_download
+    from memo.utils.audio_utils import extract_audio_emotion_labels, preprocess_audio, resample_audio
+    from memo.utils.vision_utils import preprocess_image
 
-    Args:
-        inputs: `pixel_values` (1, 3, height, width) in [-1, 1] and `face_emb` (1, 512) of the portrait; `audio_emb`
-            (frames, window, blocks, channels), `audio_emotion` (frames,) and `num_emotion_classes` of the voice.
-        config: memo's configs/inference.yaml as a namespace.
-        seed: of the noise, drawn on the CPU.
-        predict, thresh, speedup, cache_device: of TeaCache, a threshold or a speedup.
-        steps, max_clips: fewer than `config` and the voice ask for.
-        quiet: no progress bar.
+    misc, device = f"{config.misc_model_dir}/misc", "cuda" if torch.cuda.is_available() else "cpu"
+    separator = f"{misc}/vocal_separator/Kim_Vocal_2.onnx"
+    if not Path(separator).is_file():
+        snapshot_download(MODEL, allow_patterns=["misc/[fv]*"], local_dir=config.misc_model_dir)
+    pixel_values, face_emb = preprocess_image(f"{misc}/face_analysis", str(image), config.resolution)
+    if not face_emb.any():
+        raise ValueError(f"memo finds no face in {image}: give a portrait, seen from the front")
+    sound = resample_audio(str(audio), f"{folder}/16k.wav")
+    clip = {"num_generated_frames_per_clip": config.num_generated_frames_per_clip, "device": device}
+    audio_emb, length = preprocess_audio(sound, config.fps, config.wav2vec, separator, str(folder), **clip)
+    emotion, classes = extract_audio_emotion_labels(MODEL, sound, config.emotion2vec, length, device=device)
+    inputs = {"pixel_values": pixel_values, "face_emb": face_emb, "audio_emb": audio_emb, "audio_emotion": emotion}
+    return SimpleNamespace(**inputs, num_emotion_classes=classes, sound=sound)
 
-    Returns: frames (frames, height, width, 3), uint8; figures: seconds, steps computed, all steps, and "schedule", the
-        numbers of the steps that the last clip computed.
+
+@torch.no_grad()
+def generate(pipeline, audio_proj, inputs, config, seed=SEED, rel_l1_thresh=None, computed_steps=None, clips=None):
+    """The video, clip by clip; each clip starts from the last frames of the one before.
+
+    inputs: as `prepare` gives them: `pixel_values` (1, 3, height, width) in [-1, 1], `face_emb` (1, 512), `audio_emb`
+    (frames, window, blocks, channels), `audio_emotion` (frames,). config: memo's configs/inference.yaml. clips: limit.
+    Returns the frames, uint8 (frames, height, width, 3), the seconds that they took, and the schedule of all clips.
     """
-    from tqdm import tqdm
-
-    steps = steps or config.inference_steps
-    settings = {"predict": predict, "speedup": speedup, "cache_device": cache_device}
-    apply_teacache(pipeline.diffusion_net, steps, thresh, **settings)
+    apply_teacache(pipeline.diffusion_net, config.inference_steps, rel_l1_thresh, computed_steps=computed_steps)
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(seed)
     size = config.num_generated_frames_per_clip
-    clips = min(len(inputs.audio_emb) // size, max_clips or math.inf)
-    past = inputs.pixel_values.repeat(config.num_init_past_frames, 1, 1, 1)  # (past frames, 3, height, width)
-    frames, computed, total = [], 0, 0
-    began = time.perf_counter()
-    what = f"speedup {speedup:g}" if speedup else f"threshold {thresh:g}"
-    bar = tqdm(total=clips, unit="clip", desc=what, disable=quiet)
-    with bar, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # memo is written for diffusers 0.31
-        for clip in range(clips):
-            window = slice(clip * size, (clip + 1) * size)
-            audio = inputs.audio_emb[window].unsqueeze(0).to(audio_proj.device, audio_proj.dtype)
-            video = pipeline(
-                ref_image=torch.cat([inputs.pixel_values, past]).unsqueeze(0),
-                face_emb=inputs.face_emb,
-                audio_tensor=audio_proj(audio),
-                audio_emotion=inputs.audio_emotion[window],
-                emotion_class_num=inputs.num_emotion_classes,
-                width=config.resolution,
-                height=config.resolution,
-                video_length=size,
-                num_inference_steps=steps,
-                guidance_scale=config.cfg_scale,
-                generator=generator,
-                is_new_audio=clip == 0,
-            ).videos[0]  # (3, frames, height, width) in [0, 1]
-            past = video.transpose(0, 1)[-config.num_past_frames :].to(inputs.pixel_values) * 2 - 1
-            frames.append((video.permute(1, 2, 3, 0) * 255).clamp(0, 255).to(torch.uint8))
-            schedule = pipeline.diffusion_net.teacache.schedule
-            computed, total = computed + sum(schedule), total + len(schedule)
-            bar.set_postfix_str(f"{computed} / {total} steps computed", refresh=False)
-            bar.update()
-    seconds = time.perf_counter() - began
-    figures = {"seconds": seconds, "computed": computed, "steps": total}
-    return torch.cat(frames).numpy(), figures | {"schedule": [i for i, computed in enumerate(schedule) if computed]}
+    settings = {"width": config.resolution, "height": config.resolution, "video_length": size}
+    settings |= {"num_inference_steps": config.inference_steps, "guidance_scale": config.cfg_scale}
+    settings["generator"] = torch.Generator().manual_seed(seed)  # on the CPU: equal noise on every device
+    past_frames = inputs.pixel_values.repeat(config.num_init_past_frames, 1, 1, 1)
+    frames, schedule, began = [], [], time.perf_counter()
+    for clip in tqdm(range(min(len(inputs.audio_emb) // size, clips or sys.maxsize)), unit="clip"):
+        window = slice(clip * size, (clip + 1) * size)
+        audio_emb = inputs.audio_emb[window].unsqueeze(0).to(audio_proj.device, audio_proj.dtype)
+        video = pipeline(
+            ref_image=torch.cat([inputs.pixel_values, past_frames]).unsqueeze(0),
+            face_emb=inputs.face_emb,
+            audio_tensor=audio_proj(audio_emb),
+            audio_emotion=inputs.audio_emotion[window],
+            emotion_class_num=inputs.num_emotion_classes,
+            is_new_audio=clip == 0,
+            **settings,
+        ).videos[0]  # (3, frames, height, width) in [0, 1]
+        past_frames = video.transpose(0, 1)[-config.num_past_frames :].to(inputs.pixel_values) * 2 - 1
+        frames.append((video.permute(1, 2, 3, 0) * 255).clamp(0, 255).to(torch.uint8))
+        schedule += pipeline.diffusion_net.teacache.schedule
+    return torch.cat(frames).numpy(), time.perf_counter() - began, schedule
 
 
-# --- the command line -----------------------------------------------------------
+def write_video(frames, path, fps, sound):
+    """An mp4 of uint8 frames (height, width, 3) with the sound of a wav file."""
+    import imageio.v2 as imageio
+
+    settings = {"codec": "libx264", "quality": 8, "macro_block_size": 2, "ffmpeg_log_level": "error"}
+    imageio.mimwrite(path, frames, fps=fps, audio_path=str(sound), audio_codec="aac", **settings)
 
 
-def fail(message):
-    """One line on stderr, exit code 2; with --verbose the traceback of what led to it goes before."""
-    if "--verbose" in sys.argv and sys.exc_info()[0]:
-        traceback.print_exc()
-    print(f"{Path(__file__).stem}: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def beside(name, flag):
-    """A module that lies beside this script, for the flag that needs it."""
+def parse_args(argv=None, extend=lambda parser: None):
+    """The arguments, checked before anything is loaded. `extend` adds or replaces flags, for other tools."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, conflict_handler="resolve")  # an error is one line
+    add = parser.add_argument
+    add("--config", default=CONFIG, help="memo's configs/inference.yaml, or one like it")
+    add("--input_image", default=INPUT_IMAGE, help="portrait")
+    add("--input_audio", default=INPUT_AUDIO, help="voice")
+    add("--output_dir", type=Path, default=Path("outputs"), help="<image>_<audio>.mp4 is written there")
+    add("--seed", type=int, default=SEED)
+    add("--rel_l1_thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
+    add("--computed_steps", type=int, help="instead of a threshold: compute exactly so many steps of each clip")
+    extend(parser)
+    args = parser.parse_args(argv)
     try:
-        return importlib.import_module(f"{__package__}.{name}" if __package__ else name)
+        import_memo()
+        import memo
+        from omegaconf import OmegaConf
+
+        for name in ("config", "input_image", "input_audio"):
+            here, there = Path(getattr(args, name)), Path(memo.__path__[0]).parent / getattr(args, name)
+            setattr(args, name, here if here.is_file() or not there.is_file() else there)
+            getattr(args, name).open("rb").close()
+        args.config = OmegaConf.load(args.config)
+        check_settings(args.config.inference_steps, args.rel_l1_thresh, args.computed_steps)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
     except ImportError as error:
-        fail(f"{flag} needs {name}.py beside this script, and what that imports: {error}")
-
-
-def explain(speedup, computed):
-    """What a speedup chose: how much of the way may pass without a computed step, and the steps that were computed."""
-    threshold, computed = 1 / max(len(computed) - 1, 1), " ".join(map(str, computed))
-    return f"speedup {speedup:g}: threshold about {threshold:.3f} of the way; computed: {computed}"
+        parser.error(f"memo is missing ({error}): git clone https://github.com/memoavatar/memo && pip install -e memo")
+    except (OSError, ValueError) as error:
+        parser.error(" ".join(str(error).split()))
+    args.output = args.output_dir / f"{args.input_image.name.split('.')[0]}_{args.input_audio.name.split('.')[0]}.mp4"
+    if args.output.exists():
+        parser.error(f"{args.output} exists: move it, or give another --output_dir")
+    return args
 
 
 def main(argv=None):
-    options = beside("options_memo", "the command line")
-    args = options.parse(argv)
-    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is said here, in one line
-    try:
-        run(args, options)
-    except OSError as error:
-        fail(error)
-    except KeyboardInterrupt:
-        print("\nstopped" + ": the same command goes on from here" * bool(args.pairs), file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        fail(options.why(error, args))
-
-
-def run(args, options):
-    if args.pairs:
-        sys.exit(args.tool.draw(args, options, load_pipeline, generate))
-    with tempfile.TemporaryDirectory(prefix="teacache_memo_") as folder:
-        inputs = options.prepare(args, args.input_image, args.input_audio, Path(folder))
-        pipeline, audio_proj = options.load(args, load_pipeline)
-        made = functools.partial(generate, pipeline, audio_proj, inputs, args.config, args.seed, args.predict)
-        made = functools.partial(made, cache_device=args.cache_device)
-        write_video = args.prepare_memo.write_video
-        if args.compare:
-            args.tool.compare(made, inputs, args, write_video)
-            return
-        frames, figures = made(args.rel_l1_thresh, speedup=args.speedup)
-        frames = frames[: inputs.length]
-        write_video(frames, args.output, args.config.fps, inputs.sound)
-    computed, steps, each = figures["computed"], figures["steps"], figures["seconds"] / len(frames)
-    if args.speedup is not None:
-        print(explain(args.speedup, figures["schedule"]))
-    print(f"saved {args.output}: {len(frames)} frames, {each:.2f} s a frame", end=", ")
-    print(f"{computed} / {steps} steps ({steps / computed:.2f}x fewer passes)")
+    args = parse_args(argv)
+    config, settings = args.config, {"rel_l1_thresh": args.rel_l1_thresh, "computed_steps": args.computed_steps}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            inputs = prepare(args.input_image, args.input_audio, config, folder)
+        except (AssertionError, ImportError, OSError, ValueError) as error:
+            sys.exit(f"could not prepare the portrait and the voice: {' '.join(str(error).split())}")
+        models = config.model_name_or_path, config.vae, None, config.weight_dtype
+        pipeline, audio_proj = load_pipeline(*models, xformers=config.enable_xformers_memory_efficient_attention)
+        frames, seconds, schedule = generate(pipeline, audio_proj, inputs, config, args.seed, **settings)
+        write_video(frames, args.output, config.fps, inputs.sound)
+    print(f"saved {args.output}: {seconds:.1f} s, {sum(schedule)} of {len(schedule)} steps computed")
 
 
 if __name__ == "__main__":
