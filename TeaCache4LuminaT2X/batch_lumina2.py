@@ -1,215 +1,121 @@
-"""`teacache_lumina2.py --prompts FILE`: a picture for each line of a file, by one process or by several.
+"""Draw one image for each line of a file, on one GPU or shared among several.
 
-    python teacache_lumina2.py --prompts prompts.txt --output pictures
-    accelerate launch teacache_lumina2.py --prompts prompts.txt --output pictures     # shared among all GPUs
+    python batch_lumina2.py prompts.txt --computed-steps 15
+    accelerate launch batch_lumina2.py prompts.txt --computed-steps 15
 
-A file is named by the number and the words of its line, and drawn with --seed + number - 1. `images.jsonl` gets a line
-for each: prompt, seed, settings, the steps computed, the seconds, and how it was computed (device, attention and the
-like, which may differ from picture to picture). Run again, it goes on where it stopped.
+Images are named by line number and prompt, and use --seed + line number - 1. Rerun the command to resume: an image
+that exists is skipped. Each image stores its prompt, seed and settings; an image with other settings is an error.
+Takes the flags of teacache_lumina2.py as well.
 """
 
-import contextlib
-import datetime
-import importlib
 import json
 import os
 import re
 import sys
-import threading
-import traceback
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
 
-JOURNAL = "images.jsonl"
-OUTPUT = Path("teacache_lumina2_pictures")
-SETTINGS = "model transformer lora lora_scale dtype negative_prompt num_inference_steps height width guidance_scale"
-SETTINGS += " cfg_trunc_ratio indicator predict coefficients domain"
+if __package__:
+    from . import teacache_lumina2
+else:
+    import teacache_lumina2
 
-
-def read(args):
-    """The lines of --prompts FILE as args.jobs. Raises OSError and ValueError for what cannot be used."""
-    prompts = read_lines(args.prompts)
-    args.output = args.output or OUTPUT
-    settings = {name: getattr(args, name) for name in SETTINGS.split()}
-    settings |= {
-        "dtype": str(args.dtype).removeprefix("torch."),
-        "transformer": args.transformer and str(args.transformer),
-    }
-    given = {"rel_l1_thresh": args.rel_l1_thresh, "speedup": args.speedup, "settings": settings}
-    args.jobs = [
-        {"file": f"{name(i + 1, prompt)}.png", "prompt": prompt, "seed": (args.seed + i) % 2**63, **given}
-        for i, prompt in enumerate(prompts)
-    ]
-    finished(args.jobs, args.output, JOURNAL)  # ValueError and OSError now, not after loading
+SETTINGS = "model transformer dtype negative_prompt rel_l1_thresh computed_steps num_inference_steps height width"
+SETTINGS += " guidance_scale cfg_trunc_ratio"
 
 
-def draw(args, load_pipeline, generate, why):
-    """The pictures of args.jobs that are not there yet. Returns the exit code."""
+def parse_args(argv=None):
+    """The arguments; `jobs` has one dictionary for each image that is missing."""
 
-    how = {name: getattr(args, name) for name in ("device", "attention", "compile", "offload", "vae_tiling")}
+    def extend(parser):
+        add = parser.add_argument
+        add("prompts", metavar="FILE", help="UTF-8 text, one prompt per line")
+        add("--output-dir", "--output", dest="output_dir", type=Path, default=Path("teacache_lumina2_images"))
+        add("--attention", choices=["flash"], help="flash: flash-attn, without padding; see attention_lumina2.py")
+        parser.set_defaults(output=Path("unused.png"), parser=parser)
 
-    def start():
-        pipeline = load_pipeline(args)
-        pipeline.set_progress_bar_config(disable=True)
-
-        def make(job, path):
-            try:
-                image, figures = generate(pipeline, args, job["prompt"], args.rel_l1_thresh, seed=job["seed"])
-            except Exception:  # the pipeline moves its parts off the GPU only where it ends well
-                pipeline.maybe_free_model_hooks()
-                raise
-            image.save(path)
-            return {**{name: figures[name] for name in ("computed", "steps", "seconds")}, **how}
-
-        return make
-
-    return work(args.jobs, args.output, JOURNAL, start, lambda error: why(error, args), "image")
-
-
-# --- files of many, among processes: the same text for both models ---------------
-
-
-def read_lines(path):
-    """The lines of a UTF-8 file that are not empty; "-" is standard input."""
-    if path == "-" and processes() > 1:
-        raise ValueError("several processes cannot share standard input: give a file instead of -")
+    args = teacache_lumina2.parse_args(argv, extend)
     try:
-        text = (sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: save it as that ({error})") from None
-    lines = [line.strip() for line in re.split(r"\r?\n|\r", text) if line.strip()]
-    if not lines:
-        raise ValueError(f"nothing stands in {path}: it takes one a line")
-    return lines
+        text = Path(args.prompts).read_text(encoding="utf-8-sig")
+        prompts = [line.strip() for line in text.splitlines() if line.strip()]
+        if not prompts:
+            raise ValueError(f"{args.prompts} is empty; expected one prompt per line")
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        settings = {name: getattr(args, name) for name in SETTINGS.split()}
+        jobs = [{"prompt": prompt, "seed": args.seed + i, **settings} for i, prompt in enumerate(prompts)]
+        args.paths = [args.output_dir / name(i, prompt) for i, prompt in enumerate(prompts)]
+        args.jobs = [(path, job) for path, job in zip(args.paths, jobs) if not is_done(path, job)]
+    except (OSError, ValueError) as error:
+        args.parser.error(str(error))
+    return args
 
 
-def processes():
-    """How many accelerate launch has started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+def name(index, prompt):
+    """0001-the-first-words.png"""
+    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:48]
+    return f"{index + 1:04d}-{words}".rstrip("-") + ".png"
 
 
-def name(number, text):
-    """0001-what-it-says."""
-    words = re.sub(r"[\W_]+", "-", text.lower()).strip("-")[:48].strip("-")
-    return f"{number:04d}-{words}".strip("-")
+def is_done(path, job):
+    """Whether the image exists. Raises ValueError if it has other settings, or is not ours."""
+    if not path.exists():
+        return False
+    with Image.open(path) as image:
+        stored = json.loads(image.info.get("teacache", "null"))
+    other = [key for key in job if stored is None or stored.get(key) != job[key]]
+    if other:
+        raise ValueError(f"{path} exists with another {', '.join(other)}: move it, or give another --output-dir")
+    return True
 
 
-def finished(jobs, folder, journal):
-    """Which of `jobs` are done, by name, and the lines of the journal that stay.
-
-    A line that was cut off does not stay, nor one of a job whose file is gone; all others do. Raises OSError where
-    nothing can be written, and ValueError where a file was made with other settings, or not by us: nothing is lost.
-    """
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise OSError(f"cannot write into {folder}: the output must be a folder, and writable")
-    text = (folder / journal).read_text(encoding="utf-8") if (folder / journal).exists() else ""
-    lines, records = text.split("\n")[:-1], {}  # what follows the last end of a line was cut off
-    for number, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-            records[record["file"]] = number, record
-        except (ValueError, TypeError, KeyError):
-            raise ValueError(f"line {number + 1} of {folder / journal} is not ours: give another folder") from None
-    done = set()
-    for job in jobs:
-        file = folder / job["file"]
-        number, record = records.get(job["file"], (None, None))
-        if number is None and file.exists():
-            raise ValueError(f"{file} is there, and not in {journal}: move it, or give another folder for the output")
-        if number is None:
-            continue
-        if not file.is_file():
-            lines[number] = None
-            continue
-        other = next((key for key in job if record.get(key) != job[key]), None)
-        if other:
-            values = f"{str(record.get(other))[:80]}, now {str(job[other])[:80]}"
-            raise ValueError(f"{file} was made with another {other}: give another folder for the output ({values})")
-        done.add(job["file"])
-    return done, [line for line in lines if line is not None]
-
-
-def work(jobs, folder, journal, start, why, unit):
-    """Makes what is missing of `jobs`, shared among the processes of `accelerate launch`; the exit code.
-
-    jobs: dicts, alike in all processes, of "file" and of all that decides what will be in it.
-    journal: name of the file that gets a JSON line for each: the job, and what `make` returns.
-    start: called where there is work, and gives make(job, path), which writes the file and returns its figures.
-    why: (error) -> one line about it; unit: of the progress bar.
-    A file appears whole or not at all; one that fails is reported, the rest goes on, and the exit code is 1.
-    """
-    gpus = torch.cuda.is_available()
-    state = PartialState(cpu=not gpus, timeout=datetime.timedelta(hours=12))  # for the last to end
-    if state.num_processes != processes():
-        raise OSError(f"accelerate started {processes()} processes, and they do not find each other")
-    done, lines = finished(jobs, folder, journal)
-    todo = [job for job in jobs if job["file"] not in done]
-    if not state.is_main_process:  # one progress bar is enough
-        for library in ("diffusers", "transformers"):
-            importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
-    state.wait_for_everyone()  # all have read it
-    path, failed = folder / journal, []
-    if state.is_main_process and todo:
-        folder.mkdir(parents=True, exist_ok=True)
-        draft = folder / f".draft-{journal}"
-        draft.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def draw(pipeline, args, path, job):
+    """One image, through a temporary file: it appears whole or not at all."""
+    image, _, _ = teacache_lumina2.generate(pipeline, Namespace(**{**vars(args), **job}))
+    info, draft = PngInfo(), path.with_name(f".{path.stem}.{os.getpid()}.png")
+    info.add_text("teacache", json.dumps(job))
+    try:
+        image.save(draft, pnginfo=info)
         draft.replace(path)
-    state.wait_for_everyone()
-    mine = todo[state.process_index :: state.num_processes]
-    make = start() if mine else None
-    bar = tqdm(total=len(jobs), initial=len(done), unit=unit, disable=not (todo and state.is_main_process))
-    with bar, watched(bar, path, len(done) - len(lines)):
-        for job in mine:
-            draft = folder / f".draft-{job['file']}"
-            try:
-                line = json.dumps({**job, **make(job, draft), "process": state.process_index}) + "\n"
-                with path.open("ab", buffering=0) as file:  # one write: lines of several processes do not mix
-                    file.write(line.encode())
-                draft.replace(folder / job["file"])
-            except Exception as error:
-                failed.append(job["file"])
-                bar.write(f"{job['file']} failed: {why(error)}", file=sys.stderr)
-                if "--verbose" in sys.argv:
-                    traceback.print_exc()
-            finally:
-                with contextlib.suppress(OSError):
-                    draft.unlink(missing_ok=True)
-        failed = gather_object(failed)
-    if state.is_main_process:
-        print(f"{len(jobs) - len(failed)} of {len(jobs)} are in {folder}", end="")
-        print(f"; {len(failed)} failed, the same command tries them again" if failed else "", flush=True)
-    state.wait_for_everyone()  # the first to leave with an error ends the others
-    if state.num_processes > 1:
-        state.destroy_process_group()
-    return 1 if failed else 0
-
-
-@contextlib.contextmanager
-def watched(bar, path, offset):
-    """The bar follows the lines of the file `path`, whichever process writes them."""
-    done = threading.Event()
-
-    def follow():
-        while not done.wait(0.5):
-            show()
-
-    def show():
-        bar.n = max(bar.n, offset + path.read_bytes().count(b"\n"))
-        bar.refresh()
-
-    if bar.disable:
-        yield
-        return
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
     finally:
-        done.set()
-        thread.join()
-        show()
+        draft.unlink(missing_ok=True)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    state, failed = PartialState(cpu=not torch.cuda.is_available()), []
+    args.device = str(state.device) if args.device == "cuda" else args.device
+    state.wait_for_everyone()  # all have seen which images are missing
+    pipeline = teacache_lumina2.load_pipeline(args) if args.jobs else None
+    if pipeline and args.attention:
+        if __package__:
+            from .attention_lumina2 import use_flash_attention
+        else:
+            from attention_lumina2 import use_flash_attention
+        use_flash_attention(pipeline.transformer)
+    if pipeline:
+        pipeline.set_progress_bar_config(disable=True)
+    with state.split_between_processes(args.jobs) as jobs:
+        for path, job in tqdm(jobs, unit="image", disable=not state.is_main_process):
+            try:
+                draw(pipeline, args, path, job)
+            except Exception as error:
+                failed.append(str(path))
+                pipeline.maybe_free_model_hooks()
+                print(f"{path} failed: {type(error).__name__}: {error}", file=sys.stderr)
+    failed = set(gather_object(failed))
+    if state.is_main_process:
+        print(f"{len(args.paths) - len(failed)} of {len(args.paths)} images are in {args.output_dir}", flush=True)
+    state.wait_for_everyone()
+    state.destroy_process_group()
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,113 +1,135 @@
-"""`teacache_lumina2.py --compare`: the same picture at several thresholds, with what it costs and what it changes.
+"""Compare TeaCache settings for Lumina-Image-2.0: one strip of images, a Markdown table and a JSON line.
 
-Draws a strip (threshold, seconds, speedup, PSNR and SSIM against threshold 0 under each picture), prints the same
-as a Markdown table, and as one JSON line last. Nothing happens at import.
+    python compare_lumina2.py                                                  # 0.1, 0.2, 0.3, 15 and 10 computed steps
+    python compare_lumina2.py --rel-l1-thresh 0.3 --computed-steps 15 15/100   # 15/100: 15 of 100 steps
+
+Each image is compared with the original, which is not cached. Takes the flags of teacache_lumina2.py as well.
 """
 
 import json
 import math
 import os
 import platform
+from argparse import ArgumentTypeError, Namespace
+from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
+if __package__:
+    from . import teacache_lumina2
+else:
+    import teacache_lumina2
 
-def pixels(image):
-    """A PIL image as (3, height, width) in [0, 1], float64."""
-    data = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return data.view(image.height, image.width, 3).permute(2, 0, 1).double() / 255
+
+def budget(text):
+    """(computed steps, all steps) of "15/100", (computed steps, None) of "15"."""
+    computed, _, steps = text.partition("/")
+    if not computed.isdecimal() or _ and not steps.isdecimal():
+        raise ArgumentTypeError(f"must be like 15 or 15/100, not {text}")
+    return int(computed), int(steps) if steps else None
+
+
+def parse_args(argv=None):
+    """The arguments; `columns` has the settings of each image of a row, the original first."""
+
+    def extend(parser):
+        add, thresholds = parser.add_argument, [0.1, 0.2, 0.3]
+        add("--prompt", nargs="+", dest="prompts", default=[teacache_lumina2.PROMPT], help="one row of images each")
+        add("--rel-l1-thresh", nargs="*", type=float, dest="thresholds", default=thresholds, metavar="T")
+        add("--computed-steps", nargs="*", type=budget, dest="budgets", default=[(15, None), (10, None)], metavar="K")
+        add("--output", type=Path, default=Path("teacache_lumina2_compare.png"))
+        parser.set_defaults(prompt=None, rel_l1_thresh=None, computed_steps=None, parser=parser)
+
+    args = teacache_lumina2.parse_args(argv, extend)
+    settings = [(t, None, None) for t in dict.fromkeys([0.0, *args.thresholds])] + [(None, *b) for b in args.budgets]
+    names = "rel_l1_thresh", "computed_steps", "num_inference_steps"
+    args.columns = [dict(zip(names, (t, k, n or args.num_inference_steps))) for t, k, n in settings]
+    for column in args.columns:
+        try:
+            teacache_lumina2.check_settings(
+                column["num_inference_steps"], column["rel_l1_thresh"], column["computed_steps"]
+            )
+        except ValueError as error:
+            args.parser.error(str(error))
+    return args
 
 
 def psnr(image, reference):
-    """dB between two PIL images of one size; infinite if they are equal."""
-    mse = (pixels(image) - pixels(reference)).square().mean().item()
+    """Peak signal-to-noise ratio of two PIL images of one size, in dB; infinite if they are equal."""
+    a, b = (np.asarray(x.convert("RGB"), np.float64) / 255 for x in (image, reference))
+    mse = np.square(a - b).mean()
     return 10 * math.log10(1 / mse) if mse > 0 else math.inf
 
 
-def ssim(image, reference):
-    """Mean structural similarity of two PIL images of one size, over R, G and B.
-
-    Gaussian window of 11 pixels and sigma 1.5, borders left out (Wang et al., IEEE TIP 13(4), 2004).
-    """
-    a, b = pixels(image), pixels(reference)
-    g = torch.exp(-(torch.arange(-5.0, 6.0, dtype=a.dtype) ** 2) / (2 * 1.5**2))
-    window = (g[:, None] * g / g.sum() ** 2)[None, None]  # (1, 1, 11, 11)
-    mu_a, mu_b, aa, bb, ab = (F.conv2d(x[:, None], window) for x in (a, b, a * a, b * b, a * b))
-    c1, c2 = 0.01**2, 0.03**2
-    luminance = (2 * mu_a * mu_b + c1) / (mu_a**2 + mu_b**2 + c1)
-    structure = (2 * (ab - mu_a * mu_b) + c2) / (aa - mu_a**2 + bb - mu_b**2 + c2)
-    return (luminance * structure).mean().item()
-
-
-def shorten(prompt, length):
-    """A prompt as one line of text that a Markdown table can hold."""
-    prompt = " ".join(prompt.split()).replace("|", "/")
-    return prompt if len(prompt) <= length else prompt[: length - 3] + "..."
-
-
-def lines(entry):
-    """What stands under a picture of the strip."""
-    return [
-        f"threshold {entry['rel_l1_thresh']:g}" + (" (original)" if entry["rel_l1_thresh"] == 0 else ""),
-        f"{entry['seconds']:.2f} s, {entry['speedup']:.2f}x",
-        f"{entry['computed']} / {entry['steps']} steps",
-        f"PSNR {entry['psnr']:.1f} dB",
-        f"SSIM {entry['ssim']:.3f}",
-    ]
+def caption(entry):
+    """The lines of text under an image."""
+    thresh, steps = entry["rel_l1_thresh"], entry["num_inference_steps"]
+    name = (
+        f"{entry['computed']} of {steps} steps" if thresh is None else f"threshold {thresh:g}" if thresh else "original"
+    )
+    cost = f"{entry['seconds']:.2f} s, {entry['speedup']:.2f}x"
+    return name, cost, f"{entry['computed']} computed", f"PSNR {entry['psnr']:.1f} dB" if thresh != 0 else ""
 
 
 def strip(rows):
-    """One PIL image from rows of (PIL image, entry), a row for each prompt."""
+    """One PIL image from rows of (PIL image, entry), one row for each prompt."""
     first = rows[0][0][0]
-    side = max(first.width, 192)  # small pictures are enlarged, for the text to fit under them
+    side = max(first.width, 192)  # small images are enlarged, for the text to fit
     tall, line = round(first.height * side / first.width), max(16, side // 16)
-    wide, high = side + line, tall + 9 * line
+    wide, high = side + line, tall + 8 * line
     page = Image.new("RGB", (wide * len(rows[0]), high * len(rows)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=0.85 * line)
     for r, row in enumerate(rows):
-        title = shorten(row[0][1]["prompt"], 2 * page.width // line)
-        pen.text((line // 2, r * high + line // 3), title, fill="black", font=font)
+        pen.text((line // 2, r * high + line // 3), row[0][1]["prompt"][: 2 * page.width // line], "black", font)
         for c, (image, entry) in enumerate(row):
             x, y = c * wide + line // 2, r * high + 2 * line
             page.paste(image.resize((side, tall), Image.LANCZOS), (x, y))
-            text = "\n".join(lines(entry))
-            pen.multiline_text((x, y + tall + line // 3), text, fill="black", font=font, spacing=line // 5)
+            pen.multiline_text((x, y + tall + line // 3), "\n".join(caption(entry)), "black", font, spacing=line // 5)
     return page
 
 
-def compare(generate, args, save):
-    """generate(prompt, thresh) -> (PIL image, {"seconds", "computed", "steps"}) for all prompts and thresholds.
+def compare(args):
+    """Draw and time all columns for all prompts. Returns rows of (PIL image, entry)."""
+    pipeline, rows = teacache_lumina2.load_pipeline(args), []
 
-    `args` are the script's, `thresholds` beginning with 0; `save(image, path)` writes the strip.
-    """
-    generate(args.prompt[0], 0.0, steps=2)  # warm-up, not timed
-    rows = []
-    for prompt in args.prompt:
+    def draw(**settings):
+        return teacache_lumina2.generate(pipeline, Namespace(**{**vars(args), **settings}))
+
+    draw(prompt=args.prompts[0], rel_l1_thresh=0.0, num_inference_steps=2)  # warm-up
+    for prompt in args.prompts:
         rows.append([])
-        for thresh in args.thresholds:
-            image, figures = generate(prompt, thresh)
-            reference, base = rows[-1][0] if rows[-1] else (image, figures)
-            figures["speedup"] = base["seconds"] / figures["seconds"]
-            figures |= {"psnr": psnr(image, reference), "ssim": ssim(image, reference)}
-            rows[-1].append((image, {"prompt": prompt, "rel_l1_thresh": thresh, **figures}))
-    save(strip(rows), args.output)
+        for column in args.columns:
+            image, seconds, schedule = draw(prompt=prompt, **column)
+            entry = {"prompt": prompt, **column, "seconds": seconds, "computed": sum(schedule)}
+            rows[-1].append((image, entry))
+            original, base = rows[-1][0]
+            entry |= {"speedup": base["seconds"] / seconds, "psnr": psnr(image, original)}
+    return rows
 
-    entries = [entry for row in rows for _, entry in row]
-    print(f"\nsaved {args.output}\n")
-    print("| prompt | rel_l1_thresh | seconds | speedup | steps computed | PSNR (dB) | SSIM |")
-    print("|---|---|---|---|---|---|---|")
-    for e in entries:
-        cost = f"{e['rel_l1_thresh']:g} | {e['seconds']:.2f} | {e['speedup']:.2f}x | {e['computed']} / {e['steps']}"
-        print(f"| {shorten(e['prompt'], 60)} | {cost} | {e['psnr']:.2f} | {e['ssim']:.4f} |")
+
+def main(argv=None):
+    args = parse_args(argv)
+    rows = compare(args)
+    strip(rows).save(args.output)
+    print(
+        f"saved {args.output}\n\n| prompt | setting | seconds | speedup | computed | PSNR |\n|---|---|---|---|---|---|"
+    )
+    for entry in (entry for row in rows for _, entry in row):
+        name, cost, computed, quality = caption(entry)
+        seconds, speedup = cost.split(", ")
+        print(
+            f"| {entry['prompt'][:40]} | {name} | {seconds} | {speedup} | {computed} | {quality.removeprefix('PSNR ')} |"
+        )
+        entry["psnr"] = entry["psnr"] if math.isfinite(entry["psnr"]) else None  # JSON has no infinity
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    names = "model transformer negative_prompt seed num_inference_steps height width guidance_scale cfg_trunc_ratio"
-    settings = {
-        name: getattr(args, name)
-        for name in (*names.split(), "dtype", "coefficients", "domain", "indicator", "predict")
-    }
+    names = "model transformer dtype height width guidance_scale cfg_trunc_ratio negative_prompt seed".split()
+    settings = {name: getattr(args, name) for name in names}
     versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    runs = [{**e, "psnr": e["psnr"] if math.isfinite(e["psnr"]) else None} for e in entries]  # JSON knows no infinity
-    print(json.dumps({**settings, **versions, "output": args.output, "runs": runs}, default=str))  # str: paths, dtype
+    print(json.dumps({**settings, **versions, "runs": [entry for row in rows for _, entry in row]}))
+
+
+if __name__ == "__main__":
+    main()

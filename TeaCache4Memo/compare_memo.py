@@ -1,94 +1,130 @@
-"""`teacache_memo.py --compare`: the same video at several thresholds, with what it costs and what it changes.
+"""Compare TeaCache settings for MEMO: one video with a panel for each, a Markdown table and a JSON line.
 
-Writes one video, the panels side by side (threshold, seconds, speedup and PSNR against threshold 0 under each), prints
-the same as a Markdown table, and as one JSON line last. Nothing happens at import.
+    python compare_memo.py --input_image face.jpg --input_audio speech.wav      # 0.09, 0.15, 0.25, half of the steps
+    python compare_memo.py --rel_l1_thresh 0.15 --computed_steps 10 7
+
+Each panel is compared with the original, which is not cached. Takes the flags of teacache_memo.py as well.
 """
 
 import json
 import math
 import os
 import platform
+import tempfile
 
 import diffusers
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+if __package__:
+    from . import teacache_memo
+else:
+    import teacache_memo
+
+
+def parse_args(argv=None):
+    """The arguments; `settings` has those of each panel, the original first."""
+
+    def extend(parser):
+        add = parser.add_argument
+        add("--rel_l1_thresh", nargs="*", type=float, dest="thresholds", default=[0.09, 0.15, 0.25], metavar="T")
+        add("--computed_steps", nargs="*", type=int, dest="budgets", metavar="K", help="default: half of the steps")
+        parser.set_defaults(rel_l1_thresh=None, computed_steps=None, parser=parser)
+
+    args = teacache_memo.parse_args(argv, extend)
+    budgets = [max(2, args.config.inference_steps // 2)] if args.budgets is None else args.budgets
+    settings = [(t, None) for t in dict.fromkeys([0.0, *args.thresholds])] + [(None, k) for k in budgets]
+    args.settings = [{"rel_l1_thresh": t, "computed_steps": k} for t, k in settings]
+    args.output = args.output.with_stem(f"{args.output.stem}_compare")
+    try:
+        for each in args.settings:
+            teacache_memo.check_settings(args.config.inference_steps, **each)
+        if args.output.exists():
+            raise ValueError(f"{args.output} exists: move it, or give another --output_dir")
+    except ValueError as error:
+        args.parser.error(str(error))
+    return args
+
 
 def psnr(frames, reference):
-    """dB between two videos of one size, (frames, height, width, 3) in uint8; infinite if they are equal."""
+    """Peak signal-to-noise ratio of two videos, (frames, height, width, 3) in uint8, in dB; infinite if equal."""
     pairs = zip(frames, reference)  # frame by frame: a minute of video is 1.4 GB
     mse = np.mean([np.square(a.astype(np.float64) - b).mean() for a, b in pairs]) / 255**2
     return 10 * math.log10(1 / mse) if mse > 0 else math.inf
 
 
-def lines(entry):
-    """What stands under a panel."""
-    return [
-        f"threshold {entry['rel_l1_thresh']:g}" + (" (original)" if entry["rel_l1_thresh"] == 0 else ""),
-        f"{entry['seconds']:.2f} s, {entry['speedup']:.2f}x",
-        f"{entry['computed']} / {entry['steps']} steps",
-        f"PSNR {entry['psnr']:.1f} dB",
-    ]
+def caption(entry):
+    """The lines of text under a panel."""
+    thresh, computed = entry["rel_l1_thresh"], f"{entry['computed']} of {entry['steps']} steps"
+    name = (
+        f"{entry['computed_steps']} steps a clip"
+        if thresh is None
+        else f"threshold {thresh:g}"
+        if thresh
+        else "original"
+    )
+    cost = f"{entry['seconds']:.1f} s, {entry['speedup']:.2f}x"
+    return name, cost, computed, f"PSNR {entry['psnr']:.1f} dB" if thresh != 0 else ""
 
 
-class Panels:
-    """The frames of the comparison, drawn as they are asked for: (height, width, 3), uint8, both even."""
-
-    def __init__(self, videos, entries):
-        _, height, width, _ = videos[0].shape
-        self.videos, self.scale = videos, max(1, -(-192 // width))  # small videos are enlarged, for the text to fit
-        self.high, self.wide = height * self.scale, width * self.scale
-        self.line = max(16, self.wide // 16)
-        page = (
-            2 * math.ceil(len(videos) * (self.wide + self.line) / 2),
-            2 * math.ceil(self.high / 2 + 3.5 * self.line),
-        )
-        empty = Image.new("RGB", page, "white")
-        pen, font = ImageDraw.Draw(empty), ImageFont.load_default(size=0.85 * self.line)
-        for i, entry in enumerate(entries):
-            where = (self.left(i), self.high + self.line)
-            pen.multiline_text(where, "\n".join(lines(entry)), fill="black", font=font, spacing=self.line // 5)
-        self.empty = np.asarray(empty)
-
-    def left(self, i):
-        return i * (self.wide + self.line) + self.line // 2
-
-    def __len__(self):
-        return len(self.videos[0])
-
-    def __getitem__(self, number):
-        page = self.empty.copy()
-        for i, video in enumerate(self.videos):
-            panel = video[number].repeat(self.scale, axis=0).repeat(self.scale, axis=1)
-            page[self.line // 2 : self.line // 2 + self.high, self.left(i) : self.left(i) + self.wide] = panel
-        return page
+def panels(videos, entries):
+    """The frames of the comparison, one after the other: (height, width, 3), uint8, both sides even."""
+    _, height, width, _ = videos[0].shape
+    scale = max(1, -(-192 // width))  # small videos are enlarged, for the text to fit
+    high, wide = height * scale, width * scale
+    line = max(16, wide // 16)
+    size = 2 * math.ceil(len(videos) * (wide + line) / 2), 2 * math.ceil(high / 2 + 3.5 * line)
+    page, font = Image.new("RGB", size, "white"), ImageFont.load_default(size=0.85 * line)
+    pen = ImageDraw.Draw(page)
+    left = [i * (wide + line) + line // 2 for i in range(len(videos))]
+    for x, entry in zip(left, entries):
+        pen.multiline_text((x, high + line), "\n".join(caption(entry)), "black", font, spacing=line // 5)
+    for frames in zip(*videos):
+        canvas = np.asarray(page).copy()
+        for x, frame in zip(left, frames):
+            canvas[line // 2 : line // 2 + high, x : x + wide] = frame.repeat(scale, axis=0).repeat(scale, axis=1)
+        yield canvas
 
 
-def compare(generate, inputs, args, write_video):
-    """generate(thresh) -> (frames, {"seconds", "computed", "steps"}) for all thresholds, which begin with 0.
+def compare(args, folder):
+    """Make and time all panels. Returns the videos, their entries and the path of the sound."""
+    inputs, config = teacache_memo.prepare(args.input_image, args.input_audio, args.config, folder), args.config
+    xformers = config.enable_xformers_memory_efficient_attention
+    models = config.model_name_or_path, config.vae, None, config.weight_dtype, xformers
+    pipeline, audio_proj = teacache_memo.load_pipeline(*models)
 
-    `args` are the script's; `write_video(frames, path, fps, sound)`.
-    """
-    generate(0.0, steps=2, max_clips=1)  # warm-up, not timed
+    def make(**settings):
+        return teacache_memo.generate(pipeline, audio_proj, inputs, config, args.seed, **settings)
+
+    make(rel_l1_thresh=0.0, clips=1)  # warm-up
     videos, entries = [], []
-    for thresh in args.thresholds:
-        frames, figures = generate(thresh)
-        videos.append(frames[: inputs.length])
-        base = entries[0] if entries else figures
-        figures |= {"speedup": base["seconds"] / figures["seconds"], "psnr": psnr(videos[-1], videos[0])}
-        entries.append({"rel_l1_thresh": thresh, "frames": len(videos[-1]), **figures})
-    write_video(Panels(videos, entries), args.output, args.config.fps, inputs.sound)
+    for settings in args.settings:
+        frames, seconds, schedule = make(**settings)
+        videos.append(frames)
+        entry = {**settings, "seconds": seconds, "computed": sum(schedule), "steps": len(schedule)}
+        entries.append(entry | {"psnr": psnr(frames, videos[0])})
+        entries[-1]["speedup"] = entries[0]["seconds"] / seconds
+    return videos, entries, inputs.sound
 
-    print(f"\nsaved {args.output}\n")
-    print("| rel_l1_thresh | seconds | s a frame | speedup | steps computed | PSNR (dB) |")
-    print("|---|---|---|---|---|---|")
-    for e in entries:
-        cost = f"{e['seconds']:.2f} | {e['seconds'] / e['frames']:.3f} | {e['speedup']:.2f}x"
-        print(f"| {e['rel_l1_thresh']:g} | {cost} | {e['computed']} / {e['steps']} | {e['psnr']:.2f} |")
+
+def main(argv=None):
+    args = parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        videos, entries, sound = compare(args, folder)
+        teacache_memo.write_video(panels(videos, entries), args.output, args.config.fps, sound)
+    print(f"saved {args.output}\n\n| setting | seconds | speedup | computed | PSNR |\n|---|---|---|---|---|")
+    for entry in entries:
+        name, cost, computed, quality = caption(entry)
+        seconds, speedup = cost.split(", ")
+        print(f"| {name} | {seconds} | {speedup} | {computed} | {quality.removeprefix('PSNR ')} |")
+        entry["psnr"] = entry["psnr"] if math.isfinite(entry["psnr"]) else None  # JSON has no infinity
     gpu = torch.cuda.is_available()
     machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores"
-    settings = {name: getattr(args, name) for name in ("input_image", "input_audio", "seed", "predict", "output")}
     versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    runs = [{**e, "psnr": e["psnr"] if math.isfinite(e["psnr"]) else None} for e in entries]  # JSON knows no infinity
-    print(json.dumps({**settings, "config": vars(args.config), **versions, "runs": runs}, default=str))  # str: paths
+    files = {name: str(getattr(args, name)) for name in ("input_image", "input_audio", "output")}
+    print(json.dumps({**files, "seed": args.seed, "config": dict(args.config), **versions, "runs": entries}))
+
+
+if __name__ == "__main__":
+    main()
