@@ -12,13 +12,18 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-for-bit figures are the CPU's, al
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "assets" / "lumina2-emoji"
 MEMO_DOUBLE = ROOT / "tests" / "memo_double"
-if importlib.util.find_spec("diffusers.pipelines.lumina2") is None:  # before 0.33, memo's pins: only MEMO's tests
-    of_lumina2 = "forward forecast speedup calibrate state_machine cli package attention batch options readmes"
-    collect_ignore = [f"test_{name}.py" for name in of_lumina2.split()]
+LUMINA2 = importlib.util.find_spec("diffusers.pipelines.lumina2") is not None
+if not LUMINA2:  # diffusers before 0.33, as memo pins it: only the tests of MEMO and of what both scripts share
+    collect_ignore = [f"test_{name}.py" for name in "forward pipeline cli compare batch calibrate attention readmes".split()]
+
+settings.register_profile("here", deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("ci", settings.get_profile("here"), derandomize=True)
+settings.load_profile("ci" if "CI" in os.environ else "here")
 
 
 def pytest_addoption(parser):
@@ -75,6 +80,16 @@ def equal(a, b):
 @pytest.fixture(autouse=True)
 def cpu_only(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.fixture(params=["lumina2", "memo"])
+def machine(request):
+    """Each of the two scripts with its model, by one interface."""
+    from machines import Lumina2, Memo
+
+    if request.param == "lumina2" and not LUMINA2:
+        pytest.skip("this diffusers has no Lumina2")
+    return Lumina2() if request.param == "lumina2" else Memo()
 
 
 @pytest.fixture

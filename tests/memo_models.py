@@ -37,34 +37,34 @@ SHAPE = {
     "cross_attention_dim": FACE,
     "attention_head_dim": 2,
 }
+UNET = {  # two levels; what the released config.json has
+    **SHAPE,
+    "out_channels": LATENTS,
+    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+    "audio_attention_dim": AUDIO,
+    "use_inflated_groupnorm": True,
+    "unet_use_cross_frame_attention": False,
+    "unet_use_temporal_attention": False,
+    "motion_module_kwargs": MOTION,
+}
+REFERENCE = {
+    **SHAPE,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 
 
 def tiny_unet(seed=0, **config):
-    """memo's UNet with two levels; its config has what the released config.json has."""
     torch.manual_seed(seed)
-    config = {
-        **SHAPE,
-        "out_channels": LATENTS,
-        "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
-        "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
-        "audio_attention_dim": AUDIO,
-        "use_inflated_groupnorm": True,
-        "unet_use_cross_frame_attention": False,
-        "unet_use_temporal_attention": False,
-        "motion_module_kwargs": MOTION,
-    } | config
-    model = memo.UNet3DConditionModel(**config).eval()
+    model = memo.UNet3DConditionModel(**UNET | config).eval()
     model.register_to_config(center_input_sample=False)
     return set_memory_processors(model)
 
 
 def tiny_reference(seed=0, **config):
     torch.manual_seed(seed)
-    blocks = {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }
-    model = memo.UNet2DConditionModel(**{**SHAPE, **blocks, **config}).eval()
+    model = memo.UNet2DConditionModel(**REFERENCE | config).eval()
     model.register_to_config(center_input_sample=False)
     return model
 
@@ -175,31 +175,49 @@ def denoise(model, clip, steps=8, first=True, before_step=None, cast=False, time
 class Oracle:
     """TeaCache for MEMO written a second time, around the stock forward, for one clip from its first step."""
 
-    def __init__(self, model, thresh, num_steps, coefficients=(1.0, 0.0), predict="hold"):
-        self.model, self.thresh, self.num_steps, self.predict, self.outputs = model, thresh, num_steps, predict, []
-        self.poly, self.schedule, self.accumulated = np.poly1d(coefficients), [], 0.0
+    def __init__(self, model, thresh, num_steps, coefficients=(1.0, 0.0), order=0, computed_steps=None):
+        self.model, self.thresh, self.num_steps, self.budget = model, thresh, num_steps, computed_steps
+        self.order = order if computed_steps is None else 1
+        self.poly, self.accumulated = np.poly1d(coefficients), 0.0
+        self.schedule, self.times, self.outputs = [], [], []
+
+    def is_due(self):
+        """The budget: what is left of it, spread evenly over the rest of the way."""
+        step, left = len(self.schedule), self.budget - sum(self.schedule)
+        if left <= 1 or self.num_steps - step <= left:
+            return left > 1
+        start = self.times[0]
+        way = [i / self.num_steps / 2 + (t - start) / (1 - start) / 2 for i, t in enumerate(self.times)]
+        pace, last = way[-1] - way[-2], way[np.flatnonzero(self.schedule)[-1]]
+        return way[-1] + pace / 2 >= last + (1 - pace - last) / left
+
+    def is_enough(self, features):
+        """The threshold: the accumulated relative change has reached it."""
+        change = (features - self.before).abs().mean(dtype=torch.float32)
+        self.accumulated += self.poly((change / self.before.abs().mean(dtype=torch.float32)).item())
+        return not self.accumulated < self.thresh
 
     def __call__(self, sample, *args, **kwargs):
-        model, step = self.model, len(self.schedule)
+        model, step, timestep = self.model, len(self.schedule), kwargs["timestep"]
+        timesteps = timestep if isinstance(timestep, list) else [timestep]
+        time = 1 - sum(torch.as_tensor(t).double().mean().item() for t in timesteps) / len(timesteps) / 1000
+        self.times.append(time)
         x = model.conv_in(2 * sample - 1.0 if model.config.center_input_sample else sample)
         if kwargs.get("mask_cond_fea") is not None:
             x = x + kwargs["mask_cond_fea"]
-        compute = step in (0, self.num_steps - 1) or kwargs.get("update_past_memory") or self.thresh == 0
+        compute = step in (0, self.num_steps - 1) or kwargs.get("update_past_memory")
         if not compute:
-            change = (x - self.before).abs().mean(dtype=torch.float32) / self.before.abs().mean(dtype=torch.float32)
-            self.accumulated += self.poly(change.item())
-            compute = not self.accumulated < self.thresh
+            compute = self.is_due() if self.budget is not None else self.thresh == 0 or self.is_enough(x)
         self.before = x
         self.schedule.append(bool(compute))
-        if not compute and self.predict == "forecast":
-            (t1, last), t = self.outputs[-1], float(kwargs["timestep"])
+        if not compute and self.order == 0:
+            return (model.conv_out(model.conv_act(model.conv_norm_out(x + self.residual))),)
+        if not compute:
+            (t0, before), (t1, last) = (self.outputs * 2)[-2:]
             if len(self.outputs) == 1:
                 return (last,)
-            t0, before = self.outputs[-2]
-            reach = (t1 - t) / (t0 - t1)
-            return (last + (last - before) * (reach / (1 + DAMPING * reach)),)
-        if not compute:
-            return (model.conv_out(model.conv_act(model.conv_norm_out(x + self.residual))),)
+            gaps = (time - t1) / (t1 - t0)
+            return (last + (last - before) * (gaps / (1 + DAMPING * gaps)),)
         self.accumulated, caught = 0.0, []
         hook = model.conv_norm_out.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
         try:
@@ -207,9 +225,7 @@ class Oracle:
         finally:
             hook.remove()
         self.residual = caught[0] - x
-        self.outputs.append(
-            (float(torch.as_tensor(kwargs["timestep"]).mean()), output[0]) if self.predict != "hold" else ()
-        )
+        self.outputs.append((time, output[0]))
         return output
 
 
@@ -218,9 +234,9 @@ def stock(model):
     return lambda *args, **kwargs: STOCK_FORWARD(model, *args, **kwargs)
 
 
-def oracle_run(model, clip, thresh, num_steps=8, coefficients=(1.0, 0.0), predict="hold", **kwargs):
+def oracle_run(model, clip, thresh=0.0, num_steps=8, coefficients=(1.0, 0.0), order=0, computed_steps=None, **kwargs):
     """Outputs, latents and schedule that TeaCache should give in a fresh process."""
-    oracle = Oracle(model, thresh, num_steps, coefficients, predict)
+    oracle = Oracle(model, thresh, num_steps, coefficients, order, computed_steps)
     return *denoise(oracle, clip, **kwargs), oracle.schedule
 
 

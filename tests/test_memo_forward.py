@@ -6,20 +6,23 @@ import pytest
 import torch
 from conftest import equal
 from memo_models import (
-    LATENTS,
     STOCK_FORWARD,
     Clip,
     denoise,
     memo,
     memory,
+    oracle_run,
+    path_length,
     set_memory,
     stock,
     tiny_reference,
     tiny_unet,
 )
 
-from TeaCache4Memo import teacache_memo
 from TeaCache4Memo.teacache_memo import apply_teacache, remove_teacache, teacache_forward
+
+STEPS = 8
+SKIPPED = ["conv_in", "conv_norm_out", "conv_act", "conv_out"]
 
 
 @pytest.fixture
@@ -27,37 +30,39 @@ def model():
     return tiny_unet()
 
 
+def sample_of(clip, seed=5):
+    batch = 1 + clip.guided
+    return torch.randn(batch, *clip.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clip.dtype)
+
+
 def ways_off(model):
-    """All the ways in which nothing may be skipped."""
+    """All the ways in which nothing may be skipped, and one step that never is: the last."""
     yield "threshold 0", lambda: apply_teacache(model, num_steps=8, rel_l1_thresh=0)
     yield "enable_teacache = False", lambda: setattr(apply_teacache(model, 8, 9.0), "enable_teacache", False)
-    yield "all steps last", lambda: apply_teacache(model, num_steps=1, rel_l1_thresh=9.0)
+    yield "the last step", lambda: apply_teacache(model, num_steps=1, rel_l1_thresh=9.0)
+    yield "the last step of a budget", lambda: apply_teacache(model, num_steps=1, computed_steps=1)
 
 
-def same_as_stock(model, sample, clip, timestep=500, **more):
-    """Output and memory for two calls, first and later clip, each way off."""
-    inputs = {**clip.inputs, **more}
-    for way, switch in ways_off(model):
-        for first, writes in ((True, False), (False, True), (False, False)):
-            news = {"is_new_audio": first, "update_past_memory": writes}
-            before = memory(model)
-            with torch.no_grad():
-                expected = stock(model)(sample, timestep=timestep, **inputs, **news)
-            expected_memory = memory(model)
+def same_as_stock(model, clip, timestep=500, **more):
+    """Output and memory for calls of a first and a later clip, each way off. Returns the outputs."""
+    sample, inputs, outputs = sample_of(clip), {**clip.inputs, **more}, []
+    for first, writes in ((True, False), (False, True), (False, False)):
+        news = {"is_new_audio": first, "update_past_memory": writes}
+        before = memory(model)
+        with torch.no_grad():
+            expected = stock(model)(sample, timestep=timestep, **inputs, **news)
+        expected_memory = memory(model)
+        for way, switch in ways_off(model):
             set_memory(model, before)
             switch()
             with torch.no_grad():
                 found = model(sample, timestep=timestep, **inputs, **news)
             assert type(found) is type(expected), way
-            key = 0 if isinstance(found, tuple) else "sample"
-            assert torch.equal(found[key], expected[key]), way
+            assert torch.equal(found[0], expected[0]) and found[0].dtype == clip.dtype, way
             assert equal(memory(model), expected_memory), way
             remove_teacache(model)
-
-
-def sample_of(clip, seed=5):
-    batch = 1 + clip.guided
-    return torch.randn(batch, *clip.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clip.dtype)
+        outputs.append(expected[0])
+    return outputs
 
 
 def test_signature_is_the_stock_one():
@@ -73,17 +78,7 @@ def test_signature_is_the_stock_one():
 def test_parity(model, guided, return_dict):
     clip = Clip(guided=guided)
     assert (clip.inputs["uc_mask"] is not None) == guided
-    same_as_stock(model, sample_of(clip), clip, return_dict=return_dict)
-
-
-def test_parity_uc_mask_is_heard(model):
-    """Guided inputs without the mask: another output, and again the stock one."""
-    clip = Clip()
-    with torch.no_grad():
-        given = model(sample_of(clip), timestep=500, **clip.inputs).sample
-        without = model(sample_of(clip), timestep=500, **{**clip.inputs, "uc_mask": None}).sample
-    assert not torch.equal(given, without)
-    same_as_stock(model, sample_of(clip), clip, uc_mask=None)
+    same_as_stock(model, clip, return_dict=return_dict)
 
 
 TIMESTEPS = {
@@ -102,37 +97,20 @@ TIMESTEPS = {
 
 @pytest.mark.parametrize("timestep", TIMESTEPS.values(), ids=TIMESTEPS)
 def test_parity_timestep(model, timestep):
-    clip = Clip()
-    same_as_stock(model, sample_of(clip), clip, timestep=timestep)
+    same_as_stock(model, Clip(), timestep=timestep)
 
 
-@pytest.mark.parametrize("size", [(4, 4), (5, 6), (6, 5), (7, 7)])
-def test_parity_size(model, size):
-    clip = Clip(size=size)
-    same_as_stock(model, sample_of(clip), clip)
-
-
-@pytest.mark.parametrize("size", [(8, 8), (6, 10), (7, 12)])
-def test_parity_size_with_two_upsamplings(size):
-    """A side of 6 can be halved once, not twice."""
-    widths = {"block_out_channels": (32, 32, 32)}
-    names = "CrossAttnDownBlock", "CrossAttnDownBlock", "DownBlock"
-    blocks = {
-        f"{n}D": {
-            "down_block_types": tuple(f"{name}{n}D" for name in names),
-            "up_block_types": tuple(f"{name.replace('Down', 'Up')}{n}D" for name in reversed(names)),
-        }
-        for n in (2, 3)
-    }
-    model = tiny_unet(**widths, **blocks["3D"])
-    clip = Clip(size=size, reference=tiny_reference(**widths, **blocks["2D"]))
-    same_as_stock(model, sample_of(clip), clip)
-
-
-def test_parity_mask_cond_fea(model):
-    clip = Clip()
+def test_parity_additional_inputs():
+    """mask_cond_fea, class labels and residuals as a ControlNet gives them, on sides that cannot be halved evenly."""
     generator = torch.Generator().manual_seed(1)
-    same_as_stock(model, sample_of(clip), clip, mask_cond_fea=torch.randn(2, 32, 2, 4, 4, generator=generator))
+    shapes = [(2, 32, 2, 5, 7), (2, 32, 2, 5, 7), (2, 32, 2, 3, 4), (2, 32, 2, 3, 4)]
+    down = tuple(torch.randn(shape, generator=generator) for shape in shapes)
+    model, clip = tiny_unet(num_class_embeds=5, use_inflated_groupnorm=False), Clip(size=(5, 7))
+    labels = {"class_labels": torch.tensor([1, 4])}
+    extra = {"mask_cond_fea": torch.randn(shapes[0], generator=generator), "down_block_additional_residuals": down}
+    extra["mid_block_additional_residual"] = torch.randn(shapes[-1], generator=generator)
+    plain, given = (same_as_stock(model, clip, **labels, **more) for more in ({}, extra))
+    assert not any(map(torch.equal, plain, given))
 
 
 def test_parity_attention_mask():
@@ -142,48 +120,12 @@ def test_parity_attention_mask():
     blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
     clip = Clip(size=(2, 2), reference=tiny_reference(**blocks, **one))
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1]])  # (batch * frames, tokens)
-    same_as_stock(model, sample_of(clip), clip, attention_mask=mask)
-    with torch.no_grad():
-        masked = model(sample_of(clip), timestep=1, **clip.inputs, attention_mask=mask).sample
-        assert not torch.equal(masked, model(sample_of(clip), timestep=1, **clip.inputs).sample)
+    assert not any(map(torch.equal, same_as_stock(model, clip, attention_mask=mask), same_as_stock(model, clip)))
 
 
-@pytest.mark.parametrize("kind", ["labels", "timestep"])
-def test_parity_class_labels(kind):
-    config = {"num_class_embeds": 5} if kind == "labels" else {"class_embed_type": "timestep"}
-    model, clip = tiny_unet(**config), Clip()
-    same_as_stock(model, sample_of(clip), clip, class_labels=torch.tensor([1, 4]))
-    apply_teacache(model, 8, 0)
-    with torch.no_grad(), pytest.raises(ValueError, match="class_labels"):
-        model(sample_of(clip), timestep=500, **clip.inputs)
-
-
-def test_parity_additional_residuals(model):
-    """As a ControlNet gives them: down ones, the mid one, and both."""
-    clip, generator = Clip(), torch.Generator().manual_seed(1)
-    shapes = [(2, 32, 2, 4, 4), (2, 32, 2, 4, 4), (2, 32, 2, 2, 2), (2, 32, 2, 2, 2)]
-    down = tuple(torch.randn(shape, generator=generator) for shape in shapes)
-    mid = torch.randn(shapes[-1], generator=generator)
-    same_as_stock(model, sample_of(clip), clip, down_block_additional_residuals=down)
-    same_as_stock(model, sample_of(clip), clip, mid_block_additional_residual=mid)
-    both = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-    same_as_stock(model, sample_of(clip), clip, **both)
-
-
-def test_parity_plain_groupnorm():
-    model, clip = tiny_unet(use_inflated_groupnorm=False), Clip()
-    same_as_stock(model, sample_of(clip), clip)
-
-
-def test_parity_centered_input(model):
+def test_parity_centered_input_in_bfloat16(model):
     model.register_to_config(center_input_sample=True)
-    clip = Clip()
-    same_as_stock(model, sample_of(clip), clip)
-
-
-def test_parity_bfloat16(model):
-    clip = Clip(dtype=torch.bfloat16)
-    same_as_stock(model.to(torch.bfloat16), sample_of(clip), clip)
+    same_as_stock(model.to(torch.bfloat16), Clip(dtype=torch.bfloat16))
 
 
 def test_gradients_are_stock(model):
@@ -191,6 +133,8 @@ def test_gradients_are_stock(model):
     clip = Clip()
     before, gradients = memory(model), []
     apply_teacache(model, 8, 9.0)
+    denoise(model, clip, steps=3)  # stops in the middle of a generation, with a cache
+    assert "teacache" in vars(model)
     for forward in (stock(model), model):
         set_memory(model, before)
         model.zero_grad()
@@ -211,31 +155,86 @@ def test_no_guidance_in_the_pipeline_is_a_clear_line(model):
         model(sample_of(clip), timestep=500, **inputs)
 
 
-def test_a_skipped_step_runs_four_layers(model):
-    """conv_in, conv_norm_out, conv_act and conv_out; no block, no time embedding."""
-    calls, clip = [], Clip()
-    for name, module in model.named_modules():
-        if not list(module.children()):
-            module.register_forward_hook(lambda *_, name=name: calls.append(name))
-    apply_teacache(model, num_steps=8, rel_l1_thresh=9.0)
-    counts = []
-    denoise(model, clip, before_step=lambda i: (counts.append(list(calls)), calls.clear()))
-    skipped = ["conv_in", "conv_norm_out", "conv_act", "conv_out"]
-    steps = [*counts[1:], calls]
-    assert model.teacache.schedule == [True] + [False] * 6 + [True]
-    assert steps[1:-1] == [skipped] * 6
-    assert len(steps[0]) == len(steps[-1]) > 40 and set(skipped) < set(steps[0])
-
-
-def test_import_needs_no_memo():
-    source = inspect.getsource(teacache_memo)
-    assert "\nfrom memo" not in source and "\nimport memo" not in source
-
-
 def test_output_class_is_memos(model):
+    """Also in a skipped step."""
+    clip, apply = Clip(), {"num_steps": 8, "rel_l1_thresh": 9.0}
+    for thresholds in (apply, {"num_steps": 8, "computed_steps": 2}):
+        apply_teacache(model, **thresholds)
+        with torch.no_grad():
+            outputs = [model(sample_of(clip), timestep=t, **clip.inputs) for t in (1000, 900)]
+        assert model.teacache.schedule == [True, False]
+        expected = STOCK_FORWARD.__globals__["UNet3DConditionOutput"]
+        assert [type(output) for output in outputs] == [expected, expected]
+        assert outputs[1].sample.shape == sample_of(clip).shape and isinstance(model, memo.UNet3DConditionModel)
+
+
+# --- steps that are skipped -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"guided": False}, {"mask_cond_fea": 3 * torch.ones(2, 32, 2, 4, 4)}, {"dtype": torch.bfloat16}], ids=str
+)
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_skipped_step_adds_the_last_residual(model, more, centered):
+    """Every output is the oracle's, bit for bit, at several thresholds: computed ones are the stock forward's."""
+    model.register_to_config(center_input_sample=centered)
+    clip, counts = Clip(**more), []
+    model.to(clip.dtype)
+    length = path_length(model, clip)
+    for share in (0.1, 0.35, 9):
+        expected, latents, schedule = oracle_run(model, clip, share * length)
+        expected_memory = memory(model)
+        apply_teacache(model, STEPS, share * length)
+        assert equal(denoise(model, clip), (expected, latents))
+        assert equal(memory(model), expected_memory) and model.teacache.schedule == schedule
+        counts.append(sum(schedule))
+        remove_teacache(model)
+    assert counts[0] > counts[1] > counts[2] == 2
+
+
+WAYS = {
+    "order 0": ({"rel_l1_thresh": 9.0}, SKIPPED, 1),
+    "order 1": ({"rel_l1_thresh": 9.0, "order": 1}, ["conv_in"], 1),
+    "a budget": ({"computed_steps": 2}, [], 0),
+}
+
+
+@pytest.mark.parametrize("settings, skipped, twice", WAYS.values(), ids=WAYS)
+def test_what_a_skipped_step_runs(model, settings, skipped, twice):
+    """No block and no time embedding; under a budget no module at all. A computed step: stock's, conv_in before it."""
+    calls, clip, steps = [], Clip(), []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+
+    def run(forward, **kwargs):
+        steps.clear()
+        denoise(forward, clip, before_step=lambda i: (steps.append(calls.copy()), calls.clear()), **kwargs)
+        steps.append(calls.copy())
+        calls.clear()
+        return [[name for name in step if name] for step in steps[1:]]  # "" is the model itself
+
+    full = run(stock(model))[0]
+    apply_teacache(model, STEPS, **settings)
+    found = run(model)
+    assert model.teacache.schedule == [True] + [False] * 6 + [True]
+    assert found[1:-1] == [skipped] * 6
+    assert found[0] == ["conv_in"] * twice + full and found[-1] == full and len(full) > 40
+
+
+@pytest.mark.parametrize("settings", [{"rel_l1_thresh": 9.0}, {"computed_steps": 2}], ids=str)
+def test_no_hook_stays(model, settings):
+    """On conv_norm_out, after a step, and after one that fails; the next generation is as if it never was."""
+
+    def fails(*_):
+        raise RuntimeError("in a block")
+
     clip = Clip()
-    apply_teacache(model, 8, 0.15)
-    with torch.no_grad():
-        output = model(sample_of(clip), timestep=500, **clip.inputs)
-        assert type(output).__module__ == type(model).__module__ and type(output).__name__ == "UNet3DConditionOutput"
-    assert output.sample.shape == (2, LATENTS, 2, 4, 4) and isinstance(model, memo.UNet3DConditionModel)
+    apply_teacache(model, STEPS, **settings)
+    expected = denoise(model, clip)
+    broken = model.mid_block.register_forward_hook(fails)
+    with pytest.raises(RuntimeError, match="in a block"):
+        denoise(model, clip)
+    broken.remove()
+    assert not model.conv_norm_out._forward_pre_hooks
+    assert equal(denoise(model, clip), expected)
+    assert not model.conv_norm_out._forward_pre_hooks

@@ -1,13 +1,12 @@
-"""What a step of MEMO costs at real size: stock, computed under TeaCache, skipped; then one clip of 20 steps.
+"""What a denoising step of MEMO costs at its released size: stock, computed and skipped under TeaCache; then a clip.
 
-The UNet with the widths of the released model (320, 640, 1280, 1280), 16 frames of 512 x 512, guidance, bfloat16, with
-random weights: the time of a step does not depend on them. The motion module's settings are not in memo's code and
-are taken from its relatives (8 heads, 1 block of 2 attentions). Medians of paired runs in one process, after a warm-up;
-the last line is JSON.
+memo's own classes with the widths of the released model (320, 640, 1280, 1280), 16 frames, guidance, bfloat16 and random
+weights, on which the time does not depend. The motion module's settings are not in memo's code; they are those of its
+relatives. Prints a Markdown table of medians and a JSON line.
 
-    python tests/benchmarks/memo_real_size.py --memo PATH_TO_MEMO            # on a GPU
-    python tests/benchmarks/memo_real_size.py --memo PATH_TO_MEMO --tiny     # to try it out, on any machine
-    python tests/benchmarks/memo_real_size.py --memo PATH_TO_MEMO --steps-only --repeats 1     # a patient CPU
+    python tests/benchmarks/memo_real_size.py --memo PATH_TO_MEMO                  # 512 pixels, on a GPU
+    python tests/benchmarks/memo_real_size.py --memo PATH_TO_MEMO --pixels 256     # also on a CPU
+    python tests/benchmarks/memo_real_size.py --memo PATH_TO_MEMO --tiny           # a small network, to try it out
 """
 
 import argparse
@@ -21,12 +20,8 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from TeaCache4Memo import teacache_memo
-from TeaCache4Memo.teacache_memo import TeaCacheState, apply_teacache, remove_teacache
-
 DOWN = ("CrossAttnDownBlock3D", "CrossAttnDownBlock3D", "CrossAttnDownBlock3D", "DownBlock3D")
 UP = ("UpBlock3D", "CrossAttnUpBlock3D", "CrossAttnUpBlock3D", "CrossAttnUpBlock3D")
 MOTION = {
@@ -38,204 +33,112 @@ MOTION = {
     "temporal_attention_dim_div": 1,
     "zero_initialize": False,
 }
-STEPS = 20
+WAYS = {  # thresholds that everything and nothing reaches: all steps computed, all but first and last skipped
+    "stock": None,
+    "computed, threshold": {"rel_l1_thresh": 1e-12, "coefficients": [1.0]},
+    "skipped, threshold, order 0": {"rel_l1_thresh": 1e12},
+    "skipped, computed_steps": {"computed_steps": 2},
+    "half of the steps": {"computed_steps": None},
+}
 
 
-class Forced(TeaCacheState):
-    """Computes the first and the last step and those of a given schedule, whatever the indicator says."""
+def build(tiny, device):
+    """memo's UNet and reference net with random weights."""
+    from TeaCache4Memo.teacache_memo import import_memo, set_memory_processors
 
-    def __init__(self, computed):
-        self.computed = computed
-        super().__init__()
-
-    def decide(self, compute):
-        super().decide(self.step == 0 or self.last or self.step in self.computed)
-
-
-def build(tiny, device, dtype):
-    """memo's pipeline with random weights."""
-    memo = teacache_memo.import_memo()
+    memo = import_memo()
     channels, groups, levels = ((32, 32), 8, 2) if tiny else ((320, 640, 1280, 1280), 32, 4)
     shape = {"sample_size": 64, "in_channels": 4, "block_out_channels": channels, "norm_num_groups": groups}
     shape |= {"layers_per_block": 1 if tiny else 2, "cross_attention_dim": 768, "attention_head_dim": 8}
     down, up = DOWN[4 - levels :], UP[:levels]
-    torch.manual_seed(0)
+    kinds = {"down_block_types": down, "up_block_types": up}
+    flat = {name: tuple(block.replace("3D", "2D") for block in blocks) for name, blocks in kinds.items()}
+    motion = {"use_inflated_groupnorm": True, "motion_module_kwargs": MOTION, "audio_attention_dim": 768}
+    motion |= {"unet_use_cross_frame_attention": False, "unet_use_temporal_attention": False, "out_channels": 4}
+    torch.set_default_dtype(torch.float32 if tiny else torch.bfloat16)
     with torch.device(device):
-        unet = memo.UNet3DConditionModel(
-            **shape,
-            out_channels=4,
-            down_block_types=down,
-            up_block_types=up,
-            audio_attention_dim=768,
-            use_inflated_groupnorm=True,
-            unet_use_cross_frame_attention=False,
-            unet_use_temporal_attention=False,
-            motion_module_kwargs=MOTION,
+        unet, reference = (
+            memo.UNet3DConditionModel(**shape, **kinds, **motion),
+            memo.UNet2DConditionModel(**shape, **flat),
         )
-        flat = {
-            "down_block_types": [b.replace("3D", "2D") for b in down],
-            "up_block_types": [b.replace("3D", "2D") for b in up],
-        }
-        reference = memo.UNet2DConditionModel(**shape, **flat)
-        widths = (8, 8, 8, 8) if tiny else (128, 256, 512, 512)
-        vae = AutoencoderKL(
-            block_out_channels=widths,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1 if tiny else 2,
-            latent_channels=4,
-            norm_num_groups=8 if tiny else 32,
-        )
-        image_proj = memo.ImageProjModel()
+    torch.set_default_dtype(torch.float32)
     for model in (unet, reference):
-        model.register_to_config(center_input_sample=False)
-    parts = {"vae": vae, "reference_net": reference, "diffusion_net": unet, "image_proj": image_proj}
-    for part in parts.values():
-        part.requires_grad_(False).eval()
-    pipeline = memo.VideoPipeline(**parts, scheduler=FlowMatchEulerDiscreteScheduler())
-    teacache_memo.set_memory_processors(unet)
-    xformers = device == "cuda"
-    try:
-        if xformers:
-            reference.enable_xformers_memory_efficient_attention()
-            unet.enable_xformers_memory_efficient_attention()
-    except Exception:  # not installed, or built for another torch
-        xformers = False
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device=device, dtype=dtype), xformers
-
-
-def inputs(pipeline, side, frames):
-    """Arguments of one step of the UNet, after its reference net; `side` of the latents."""
-    unet, generator = pipeline.diffusion_net, torch.Generator().manual_seed(0)
-
-    def randn(*shape):
-        return torch.randn(*shape, generator=generator).to(unet.device, unet.dtype)
-
-    face = randn(2, 4, 768)
-    pictures = randn(1 + frames, 4, side, side).repeat(2, 1, 1, 1)
-    with torch.no_grad():
-        t = torch.tensor(0, device=unet.device)
-        features = pipeline.reference_net(pictures, t, encoder_hidden_states=face, return_dict=False)
-    return randn(2, 4, frames, side, side), {
-        "ref_features": features,
-        "encoder_hidden_states": face,
-        "audio_embedding": randn(2, frames, 32, 768),
-        "audio_emotion": torch.tensor([9, 3], dtype=torch.int, device=unet.device),
-        "uc_mask": torch.tensor([1] * frames + [0] * frames, device=unet.device).bool(),
-        "is_new_audio": False,
-    }
-
-
-def clock(function, device):
-    """Milliseconds, and peak memory in MiB where there is a GPU."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None
-    return 1000 * (time.perf_counter() - began), peak
+        model.eval().register_to_config(center_input_sample=False)
+    return set_memory_processors(unet), reference
 
 
 @torch.no_grad()
-def steps(pipeline, side, frames, repeats, device):
-    """Median milliseconds of a stock, a computed and a skipped step, measured in turn; peak memory of each."""
-    unet = pipeline.diffusion_net
-    sample, given = inputs(pipeline, side, frames)
+def loop(unet, given, latents, steps):
+    """Seconds of each step of a guided clip, as `VideoPipeline` runs it."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
-    def step(t, writes=False):
-        unet(sample, timestep=torch.tensor(t, device=unet.device), update_past_memory=writes, **given)
-
-    found = {"stock": [], "computed": [], "skipped": []}
-    for _ in range(repeats + 1):
-        remove_teacache(unet)
-        step(1000.0, writes=True)  # the memory of past frames is there
-        found["stock"].append(clock(lambda: step(900.0), device))
-        for kind, computed in (("computed", range(10**6)), ("skipped", ())):
-            apply_teacache(unet, num_steps=10**6, rel_l1_thresh=0.15)
-            unet.teacache = Forced(computed)
-            step(1000.0, writes=True)
-            found[kind].append(clock(lambda: step(900.0), device))
-            assert unet.teacache.schedule == [True, kind == "computed"]
-    remove_teacache(unet)
-    runs = {kind: values[1:] for kind, values in found.items()}  # the first is a warm-up
-    return {
-        kind: {
-            "ms": statistics.median(ms for ms, _ in values),
-            "fastest_ms": min(ms for ms, _ in values),
-            "peak_mib": max(peak for _, peak in values) if device == "cuda" else None,
-        }
-        for kind, values in runs.items()
-    }
-
-
-def clips(pipeline, size, frames, repeats, device):
-    """Median seconds of memo's whole pipeline for one clip: all steps, and every other one."""
-    unet, generator = pipeline.diffusion_net, torch.Generator().manual_seed(0)
-    half = set(range(0, STEPS - 1, 2)) - {STEPS - 2}  # nine, and the last one: 10 of 20
-    arguments = {
-        "ref_image": torch.rand(1, 1 + frames, 3, size, size, generator=generator) * 2 - 1,
-        "face_emb": torch.randn(1, 512, generator=generator),
-        "audio_tensor": torch.randn(1, frames, 32, 768, generator=generator),
-        "audio_emotion": torch.full((frames,), 3, dtype=torch.int),
-        "emotion_class_num": 9,
-        "width": size,
-        "height": size,
-        "video_length": frames,
-        "num_inference_steps": STEPS,
-        "guidance_scale": 3.5,
-    }
-    found = {"stock": [], "half": []}
-    for _ in range(repeats + 1):
-        remove_teacache(unet)
-        found["stock"].append(clock(lambda: pipeline(**arguments), device))
-        apply_teacache(unet, num_steps=STEPS, rel_l1_thresh=0.15)
-        unet.teacache = Forced(half)
-        found["half"].append(clock(lambda: pipeline(**arguments), device))
-        assert sum(unet.teacache.schedule) == STEPS // 2 and len(unet.teacache.schedule) == STEPS
-    remove_teacache(unet)
-    return {
-        kind: {
-            "seconds": statistics.median(ms for ms, _ in values[1:]) / 1000,
-            "peak_mib": max(peak for _, peak in values[1:]) if device == "cuda" else None,
-        }
-        for kind, values in found.items()
-    }
+    scheduler, seconds = FlowMatchEulerDiscreteScheduler(), []
+    scheduler.set_timesteps(steps, device=latents.device)
+    synchronize = torch.cuda.synchronize if latents.is_cuda else lambda: None
+    for i, t in enumerate(scheduler.timesteps):
+        synchronize()
+        began = time.perf_counter()
+        memory = {"is_new_audio": False, "update_past_memory": i == 0}
+        uncond, cond = unet(torch.cat([latents] * 2), timestep=t, **given, **memory).sample.chunk(2)
+        velocity = uncond + 3.5 * (cond - uncond)
+        latents = scheduler.step(velocity, t, latents, return_dict=False)[0].to(unet.dtype)
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memo", help="clone of memoavatar/memo, if memo is not installed")
-    parser.add_argument("--tiny", action="store_true", help="a small network and a small picture, to try this script")
-    parser.add_argument("--steps-only", action="store_true", help="leave out the whole clip")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tiny", action="store_true", help="a small network, to try this script")
+    parser.add_argument("--pixels", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=6, help="steps of each loop")
     args = parser.parse_args()
     if args.memo:
         sys.path.insert(0, args.memo)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.float32 if args.tiny else torch.bfloat16
-    size, frames = (64, 4) if args.tiny else (512, 16)
-    pipeline, xformers = build(args.tiny, device, dtype)
-    parameters = sum(p.numel() for p in pipeline.diffusion_net.parameters())
-    step = steps(pipeline, size // 8, frames, args.repeats, device)
-    clip = None if args.steps_only else clips(pipeline, size, frames, max(1, args.repeats // 2), device)
+    from TeaCache4Memo.teacache_memo import apply_teacache, remove_teacache
 
-    stock = step["stock"]["ms"]
-    print("| step | ms | of stock | peak MiB |\n|---|---|---|---|")
-    for kind, e in step.items():
-        peak = "" if e["peak_mib"] is None else f"{e['peak_mib']:.0f}"
-        print(f"| {kind} | {e['ms']:.2f} | {100 * e['ms'] / stock:.2f} % | {peak} |")
-    if clip:
-        whole, half = clip["stock"]["seconds"], clip["half"]["seconds"]
-        clip["ratio"] = whole / half
-        print(f"\none clip of {STEPS} steps: {whole:.2f} s; computing 10 of them: {half:.2f} s, {whole / half:.2f}x")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    unet, reference = build(args.tiny, device)
+    generator, side = torch.Generator().manual_seed(0), args.pixels // 8
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(device, unet.dtype)
+
+    given = {"encoder_hidden_states": randn(2, 4, 768), "audio_embedding": randn(2, 16, 32, 768)}
+    pictures = randn(17, 4, side, side).repeat(2, 1, 1, 1)
+    with torch.no_grad():
+        zero, face = torch.tensor(0, device=device), given["encoder_hidden_states"]
+        given["ref_features"] = reference(pictures, zero, encoder_hidden_states=face, return_dict=False)
+    given["audio_emotion"] = torch.tensor([9, 3], dtype=torch.int, device=device)
+    given["uc_mask"] = torch.tensor([1] * 16 + [0] * 16, device=device).bool()
+    latents, results = randn(1, 4, 16, side, side), {}
+    loop(unet, given, latents, 2)  # warm-up
+    for name, settings in WAYS.items():
+        remove_teacache(unet)
+        schedule = [True] * args.steps
+        if settings is not None:
+            half = {"computed_steps": args.steps // 2} if name.startswith("half") else {}
+            apply_teacache(unet, args.steps, **{**settings, **half})
+        seconds = loop(unet, given, latents, args.steps)
+        if settings is not None:
+            schedule = unet.teacache.schedule
+        chosen = [s for s, computed in zip(seconds, schedule) if computed != name.startswith("skipped")]
+        results[name] = {"step": statistics.median(chosen), "loop": sum(seconds), "computed": sum(schedule)}
+        print(f"{name}: {' '.join(f'{s:.3f}' for s in seconds)}", file=sys.stderr, flush=True)
+
+    stock = results["stock"]
+    print(
+        f"\n{args.pixels} x {args.pixels}, 16 frames, {args.steps} steps\n\n| step | seconds | of stock | loop, speedup |"
+    )
+    print("|---|---|---|---|")
+    for name, r in results.items():
+        speedup = f"{r['computed']} computed, {stock['loop'] / r['loop']:.2f}x"
+        print(f"| {name} | {r['step']:.4f} | {r['step'] / stock['step']:.4f} | {speedup} |")
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    about = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__, "xformers": xformers}
-    about |= {"size": size, "frames": frames, "dtype": str(dtype), "parameters": parameters, "tiny": args.tiny}
-    print(json.dumps({**about, "weights": "random", "step": step, "clip": clip}))
+    about = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__, "weights": "random"}
+    about |= {"pixels": args.pixels, "dtype": str(unet.dtype), "parameters": sum(p.numel() for p in unet.parameters())}
+    print(json.dumps({**about, "results": results}))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,210 @@
+"""Both scripts by one interface, and an oracle: TeaCache written a second time, around the stock forward."""
+
+import numpy as np
+import torch
+
+DAMPING, IDENTITY = 0.5, [1.0, 0.0]
+
+
+class Machine:
+    """One script and its model. A job is what one generation is asked for."""
+
+    def apply(self, model, steps=8, coefficients=IDENTITY, **settings):
+        return self.script.apply_teacache(model, steps, coefficients=coefficients, **settings)
+
+    def stock(self, model):
+        return lambda *args, **kwargs: self.script.STOCK_FORWARD(model, *args, **kwargs)
+
+    def oracle(self, model, job, steps=8, num_steps=None, before=None, **settings):
+        """Outputs, latents and schedule that TeaCache should give in a fresh process."""
+        oracle = Oracle(self, model, num_steps or steps, **settings)
+
+        def both(step, branch, count):
+            oracle.where = step, branch
+            if before:
+                before(step, branch, count)
+
+        run = {"cast": job.pop("cast")} if isinstance(job, dict) and "cast" in job else {}
+        return *self.denoise(oracle, job, steps, before=both, **run), oracle.schedule
+
+    def path(self, model, job):
+        """The sum of all changes of an uncached generation: thresholds below it skip some steps."""
+        oracle = Oracle(self, model, 8, rel_l1_thresh=1e-9)
+        self.denoise(oracle, job, before=lambda step, branch, count: setattr(oracle, "where", (step, branch)))
+        return sum(oracle.changes)
+
+    def block_calls(self, model):
+        """A list that grows by one at each call of the block."""
+        calls = []
+        self.block(model).register_forward_pre_hook(lambda *_: calls.append(1))
+        return calls
+
+
+class Lumina2(Machine):
+    name, passes = "lumina2", 2  # passes: calls of one guided step
+
+    def __init__(self):
+        import lumina_models
+
+        self.models, self.script = lumina_models, lumina_models.teacache_lumina2
+        self.cls = lumina_models.Lumina2Transformer2DModel
+
+    def model(self, seed=0):
+        return self.models.tiny_model(seed, num_layers=1)
+
+    def block(self, model):
+        return model.layers[0]
+
+    def last(self, model):
+        return model.norm_out
+
+    def job(self, seed=0, noise=0, guided=True, size=(4, 4), dtype=torch.float32, length=7):
+        negative = self.models.conditioning([3], 100 + seed, dtype) if guided else None
+        return {"cond": self.models.conditioning([length], seed, dtype), "uncond": negative, "seed": noise, "size": size}
+
+    def tensors(self, job):
+        return [t for pair in (job["cond"], job["uncond"]) if pair for t in pair]
+
+    def denoise(self, model, job, steps=8, start=1.0, **kwargs):
+        return self.models.denoise(model, **job, steps=steps, start=start, **kwargs)
+
+    def call(self, model, job, time, value=None):
+        """One call of the model at this time, 0 to 1."""
+        latents = torch.randn(1, 4, *job["size"], generator=torch.Generator().manual_seed(job["seed"]))
+        latents = latents if value is None else torch.full_like(latents, value)
+        return model(latents, torch.tensor([time]), *job["cond"])[0]
+
+    def watch(self, model, seen):
+        """Hooks that put the signal and the input of the blocks into `seen`."""
+        norm = model.layers[0].norm1
+        yield norm.register_forward_hook(lambda module, inputs, output: seen.update(signal=output[0]))
+        yield model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.update(before=inputs[0]))
+
+    def time(self, args, kwargs):
+        return kwargs["timestep"][0].item()
+
+
+class Memo(Machine):
+    name, passes = "memo", 1
+
+    def __init__(self):
+        import memo_models
+        from TeaCache4Memo import teacache_memo
+
+        self.models, self.script = memo_models, teacache_memo
+        self.cls = memo_models.memo.UNet3DConditionModel
+
+    def model(self, seed=0):
+        blocks = {"down_block_types": ("CrossAttnDownBlock3D",), "up_block_types": ("CrossAttnUpBlock3D",)}
+        return self.models.tiny_unet(seed, block_out_channels=(32,), **blocks)
+
+    def block(self, model):
+        return model.mid_block
+
+    def last(self, model):
+        return model.conv_norm_out
+
+    def job(self, seed=0, noise=0, guided=True, size=(4, 4), dtype=torch.float32, length=2):
+        blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+        reference = self.models.tiny_reference(block_out_channels=(32,), **blocks)
+        clip = self.models.Clip(seed, guided, frames=length, size=size, dtype=dtype, reference=reference)
+        generator = torch.Generator().manual_seed(noise)
+        clip.noise = torch.randn(clip.noise.shape, generator=generator).to(dtype)
+        return clip
+
+    def tensors(self, job):
+        from conftest import tensors_in
+
+        return tensors_in(job.inputs)
+
+    def denoise(self, model, job, steps=8, start=1.0, before=None, cast=False):
+        step = {"before_step": (lambda i: before(i, "both", i)) if before else None}
+        return self.models.denoise(model, job, steps=steps, cast=bool(cast), timesteps=lambda i, t: t * start, **step)
+
+    def call(self, model, job, time, value=None):
+        sample = torch.cat([job.noise] * (1 + job.guided))
+        sample = sample if value is None else torch.full_like(sample, value)
+        return model(sample, timestep=torch.tensor(1000.0 * (1 - time)), return_dict=False, **job.inputs)[0]
+
+    def watch(self, model, seen):
+        keep = lambda module, inputs, output: seen.update(signal=output, before=output)  # noqa: E731
+        yield model.conv_in.register_forward_hook(keep)
+
+    def time(self, args, kwargs):
+        return 1 - kwargs["timestep"].double().item() / 1000
+
+
+def is_due(times, schedule, num_steps, wanted):
+    """The choice of steps for a budget, written a second time."""
+    step, left = len(times) - 1, wanted - sum(schedule)
+    if step in (0, num_steps - 1) or num_steps - step <= left:
+        return True
+    if left <= 1:
+        return False
+    way = np.arange(step + 1) / num_steps / 2 + (np.array(times) - times[0]) / (1 - times[0] or 1.0) / 2
+    last, pace = way[np.flatnonzero(schedule).max()], way[step] - way[step - 1]
+    return bool(way[step] + pace / 2 >= last + (1 - pace - last) / left)
+
+
+class Oracle:
+    """Runs the stock forward at every call, and puts what a skipped one would give in place of its output.
+
+    It is told the step and the branch (`where`) instead of finding them out.
+    """
+
+    def __init__(
+        self, machine, model, num_steps, rel_l1_thresh=None, coefficients=IDENTITY, order=0, computed_steps=None
+    ):
+        self.machine, self.model, self.num_steps, self.budget = machine, model, num_steps, computed_steps
+        self.thresh, self.poly = rel_l1_thresh, np.poly1d(coefficients)
+        self.order = order if computed_steps is None else 1
+        self.schedule, self.times, self.changes, self.branches, self.accumulated = [], [], [], {}, 0.0
+        self.last, self.where = (None, None), None
+
+    def __call__(self, *args, **kwargs):
+        (step, branch), seen, time = self.where, {}, self.machine.time(args, kwargs)
+        memory = self.branches.setdefault(branch, {})
+        if memory.get("step") not in (step, step - 1):
+            memory.clear()
+        memory["step"] = step
+
+        def last_module(module, inputs):
+            if len(self.schedule) == step:
+                self.times.append(time)
+                self.schedule.append(self.decide(step, branch, "made" in memory, seen["signal"]))
+            seen["skip"] = not self.schedule[step] and "made" in memory
+            if seen["skip"] and self.order == 0:
+                return seen["before"] + memory["made"], *inputs[1:]
+            seen["residual"] = inputs[0] - seen["before"]
+
+        hooks = [*self.machine.watch(self.model, seen)]
+        hooks.append(self.machine.last(self.model).register_forward_pre_hook(last_module))
+        try:
+            output = self.machine.script.STOCK_FORWARD(self.model, *args, **kwargs)[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if not seen["skip"]:
+            earlier = [(t, x) for t, x in memory.get("made", []) if t != time] if self.order else []
+            memory["made"] = [*earlier[-1:], (time, output.clone())] if self.order else seen["residual"]
+        elif self.order:
+            (t1, output), *earlier = memory["made"][::-1]
+            if earlier:
+                t0, before = earlier[0]
+                g = (time - t1) / (t1 - t0)
+                output = output + (output - before) * (g / (1 + DAMPING * g))
+        return (output,)
+
+    def decide(self, step, branch, cached, signal):
+        (decider, old), self.last = self.last, (branch, signal)
+        compute = step == 0 or step >= self.num_steps - 1 or not cached or self.thresh == 0
+        if not compute and self.budget is not None:
+            compute = is_due(self.times, self.schedule, self.num_steps, self.budget)
+        elif not compute:
+            assert decider == branch
+            change = (signal - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)
+            self.changes.append(change.item())
+            self.accumulated += self.poly(change.item())
+            compute = not self.accumulated < self.thresh
+        self.accumulated = 0.0 if compute else self.accumulated
+        return compute
