@@ -3,8 +3,8 @@
     from TeaCache4LuminaT2X.attention_lumina2 import use_flash_attention
     use_flash_attention(pipeline.transformer)
 
-It needs CUDA, half precision and `pip install flash-attn --no-build-isolation`. It is tested on a CPU with a function of
-the same signature in place of flash-attn; nobody has run it on a GPU here.
+It needs CUDA, half precision and `pip install flash-attn --no-build-isolation`. It was tested on a CPU with a function
+of the same signature in place of flash-attn, and has not been run on a GPU.
 """
 
 import torch

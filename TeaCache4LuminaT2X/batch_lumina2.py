@@ -27,7 +27,9 @@ if __package__:
 else:
     import teacache_lumina2
 
-SETTINGS = "model transformer dtype negative_prompt rel_l1_thresh computed_steps num_inference_steps height width"
+SETTINGS = (
+    "model transformer dtype negative_prompt rel_l1_thresh computed_steps tolerance num_inference_steps height width"
+)
 SETTINGS += " guidance_scale cfg_trunc_ratio"
 
 

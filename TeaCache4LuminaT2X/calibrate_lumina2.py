@@ -40,7 +40,7 @@ class Recorder:
             branch = state.advance(endless, timestep, conditioning, kwargs["hidden_states"])
             new = seen["x"], output[0]
             if branch in last:
-                x, y = (teacache_lumina2.relative_l1(a, b) for a, b in zip(new, last[branch]))
+                x, y = (teacache_lumina2.relative_l1(a, b).item() for a, b in zip(new, last[branch]))
                 if self.rows and self.rows[-1][0] == state.step:  # the second pass of a guided step
                     _, x, first = self.rows.pop()
                     y = max(first, y)

@@ -39,21 +39,22 @@ def parse_args(argv=None):
         add, thresholds = parser.add_argument, [0.1, 0.2, 0.3]
         add("--prompt", nargs="+", dest="prompts", default=[teacache_lumina2.PROMPT], help="one row of images each")
         add("--rel-l1-thresh", nargs="*", type=float, dest="thresholds", default=thresholds, metavar="T")
+        add("--tolerance", nargs="*", type=float, dest="tolerances", default=[], metavar="T")
         add("--computed-steps", nargs="*", type=budget, dest="budgets", default=[(15, None), (10, None)], metavar="K")
         add("--output", type=Path, default=Path("teacache_lumina2_compare.png"))
-        parser.set_defaults(prompt=None, rel_l1_thresh=None, computed_steps=None, parser=parser)
+        parser.set_defaults(prompt=None, rel_l1_thresh=None, computed_steps=None, tolerance=None, parser=parser)
 
     args = teacache_lumina2.parse_args(argv, extend)
-    settings = [(t, None, None) for t in dict.fromkeys([0.0, *args.thresholds])] + [(None, *b) for b in args.budgets]
-    names = "rel_l1_thresh", "computed_steps", "num_inference_steps"
-    args.columns = [dict(zip(names, (t, k, n or args.num_inference_steps))) for t, k, n in settings]
-    for column in args.columns:
+    limits = [{"rel_l1_thresh": t} for t in dict.fromkeys([0.0, *args.thresholds])]
+    limits += [{"computed_steps": k, "steps": n} for k, n in args.budgets] + [{"tolerance": t} for t in args.tolerances]
+    args.columns, none = [], dict.fromkeys(("rel_l1_thresh", "computed_steps", "tolerance"))
+    for limit in limits:
+        steps = limit.pop("steps", None) or args.num_inference_steps
         try:
-            teacache_lumina2.check_settings(
-                column["num_inference_steps"], column["rel_l1_thresh"], column["computed_steps"]
-            )
+            teacache_lumina2.check_settings(steps, **limit)
         except ValueError as error:
             args.parser.error(str(error))
+        args.columns.append({**none, **limit, "num_inference_steps": steps})
     return args
 
 
@@ -66,10 +67,9 @@ def psnr(image, reference):
 
 def caption(entry):
     """The lines of text under an image."""
-    thresh, steps = entry["rel_l1_thresh"], entry["num_inference_steps"]
-    name = (
-        f"{entry['computed']} of {steps} steps" if thresh is None else f"threshold {thresh:g}" if thresh else "original"
-    )
+    thresh, tolerance, steps = entry["rel_l1_thresh"], entry["tolerance"], entry["num_inference_steps"]
+    name = f"{entry['computed']} of {steps} steps" if tolerance is None else f"tolerance {tolerance:g}"
+    name = name if thresh is None else f"threshold {thresh:g}" if thresh else "original"
     cost = f"{entry['seconds']:.2f} s, {entry['speedup']:.2f}x"
     return name, cost, f"{entry['computed']} computed", f"PSNR {entry['psnr']:.1f} dB" if thresh != 0 else ""
 
@@ -120,9 +120,8 @@ def main(argv=None):
     for entry in (entry for row in rows for _, entry in row):
         name, cost, computed, quality = caption(entry)
         seconds, speedup = cost.split(", ")
-        print(
-            f"| {entry['prompt'][:40]} | {name} | {seconds} | {speedup} | {computed} | {quality.removeprefix('PSNR ')} |"
-        )
+        quality = quality.removeprefix("PSNR ")
+        print(f"| {entry['prompt'][:40]} | {name} | {seconds} | {speedup} | {computed} | {quality} |")
         entry["psnr"] = entry["psnr"] if math.isfinite(entry["psnr"]) else None  # JSON has no infinity
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     names = "model transformer dtype height width guidance_scale cfg_trunc_ratio negative_prompt seed".split()

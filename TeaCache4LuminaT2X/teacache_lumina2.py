@@ -1,15 +1,11 @@
-"""TeaCache for Lumina-Image-2.0: training-free caching, in one self-contained script.
+"""TeaCache (arXiv 2411.19108) for Lumina-Image-2.0: training-free caching, in one self-contained script.
 
 When the timestep-modulated input of the transformer has barely changed since the last computed step, TeaCache skips
-the transformer blocks and adds their last residual again (order 0). With a fixed number of computed steps, it
+the transformer blocks and adds their last residual again (order 0). With a number of computed steps, or a tolerance, it
 extrapolates the last two outputs instead (order 1), and a skipped step runs no part of the network.
-Paper: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, arXiv 2411.19108.
 
-    python teacache_lumina2.py --computed-steps 15      # or edit the constants below
-
-In your own code (importing this file changes nothing):
-
-    from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache
+    python teacache_lumina2.py --computed-steps 15                  # or edit the constants below
+    from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache  # changes nothing
     apply_teacache(pipeline.transformer, num_steps=30, computed_steps=15)  # or rel_l1_thresh=0.3
     image = pipeline("a red apple", num_inference_steps=30).images[0]
 """
@@ -30,6 +26,7 @@ from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_la
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.3  # 0: original | 0.1: 1.05x | 0.2: 1.15x | 0.3: 1.25x  (original authors, 4070 laptop, 1024x1536)
 COMPUTED_STEPS = None  # instead of the threshold: compute exactly so many steps, say 15 of 30
+TOLERANCE = None  # instead of the threshold: compute where the extrapolation would err more than this, say 0.003
 ORDER = 0  # skipped steps under a threshold. 0: add the last residual (TeaCache) | 1: extrapolate the last two outputs
 NUM_INFERENCE_STEPS = 30
 GUIDANCE_SCALE = 4.0
@@ -45,10 +42,12 @@ BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "assets" / "lumina2-emo
 COEFFICIENTS_V1 = [393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344]
 COEFFICIENTS_V2 = [225.7042019806413, -608.8453716535591, 304.1869942338369, 124.21267720116742, -1.4089066892956552]
 COEFFICIENTS = COEFFICIENTS_V1  # calibrate_lumina2.py fits them to another model
-DAMPING = 0.5  # of the extrapolation, see Branch.forecast
+DAMPING = 0.25  # of the extrapolation, see Branch.forecast
+CURVATURE = 60.0  # of the outputs, before anything is known, see TeaCacheState.expected_error
 # ------------------------------------------------------------------------------
 
-SETTINGS = "enable_teacache", "num_steps", "rel_l1_thresh", "coefficients", "order", "computed_steps"
+DEFAULTS = {"enable_teacache": True, "num_steps": NUM_INFERENCE_STEPS, "rel_l1_thresh": REL_L1_THRESH}
+DEFAULTS |= {"coefficients": COEFFICIENTS, "order": ORDER, "computed_steps": COMPUTED_STEPS, "tolerance": TOLERANCE}
 STOCK_FORWARD = globals().get("STOCK_FORWARD", Lumina2Transformer2DModel.forward)  # kept if this module is reloaded
 
 
@@ -57,8 +56,10 @@ class Branch:
 
     def __init__(self, conditioning, layout):
         self.conditioning, self.layout, self.step = conditioning, layout, -1  # step: the last that used this branch
+        self.modulated_input = None, None  # of a threshold: the step that saw it, and the tensor
         self.residual = None  # order 0: output minus input of the blocks at the last computed step
         self.history = []  # order 1: (timestep, output) of the last two computed steps
+        self.error = None  # order 1: relative L1 error of the forecast at the last computed step
 
     def matches(self, conditioning, layout):
         """Equal values count: a caller may cast its tensors anew at every call."""
@@ -68,6 +69,7 @@ class Branch:
         )
 
     def remember(self, timestep, output):
+        self.error = relative_l1(self.forecast(timestep), output) if len(self.history) == 2 else None
         earlier = [(t, x) for t, x in self.history if t < timestep]  # a step may be called twice
         self.history = [*earlier[-1:], (timestep, output.clone())]  # the caller may write into its output
 
@@ -91,20 +93,14 @@ class TeaCacheState:
         self.step, self.timestep, self.last_step = -1, -math.inf, False
         self.timesteps, self.schedule = [], []  # one entry a step; schedule: True for a computed step
         self.compute = None  # the decision for this step, shared by its branches; None: not made yet
-        self.modulated_input = None, None  # of the last step: the branch that decided, and what it saw
-        self.accumulated = 0.0  # rescaled relative L1 change since the last computed step
+        self.accumulated = 0.0  # rescaled relative L1 change, or expected error, since the last computed step
+        self.curvature = CURVATURE  # error of the forecast over the square of the gap in time
         self.branches = []
 
     def advance(self, model, timestep, conditioning, latents):
-        """Read the settings, move to the step of this call and return its branch. The last step begins with freeing it.
-
-        timestep: 0 is noise and 1 the end; calls of one step share it. conditioning: tensors or None, of which the last
-        stays the same object throughout a generation.
-        """
-        self.num_steps = getattr(model, "num_steps", NUM_INFERENCE_STEPS)
-        self.rel_l1_thresh = getattr(model, "rel_l1_thresh", REL_L1_THRESH)
-        self.coefficients = getattr(model, "coefficients", COEFFICIENTS)
-        self.budget = getattr(model, "computed_steps", None if hasattr(model, "rel_l1_thresh") else COMPUTED_STEPS)
+        """Read the settings, move to the step of this call (timesteps rise from 0 to 1) and return its branch."""
+        vars(self).update({name: getattr(model, name, default) for name, default in DEFAULTS.items()})
+        ahead = self.computed_steps is not None or self.tolerance is not None  # needs no modulated input
         layout = latents.shape, latents.dtype, latents.device
         if timestep != self.timestep:
             branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
@@ -118,10 +114,9 @@ class TeaCacheState:
             self.branches, self.step, self.timestep, self.compute = branches, self.step + 1, timestep, None
             self.timesteps.append(timestep)
         self.last_step = self.step >= self.num_steps - 1
-        if self.last_step:
-            self.branches, self.modulated_input = [], (None, None)
-        self.caching = not self.last_step and (self.budget is not None or self.rel_l1_thresh > 0)
-        self.order = getattr(model, "order", ORDER) if self.caching and self.budget is None else 1
+        self.branches = [] if self.last_step else self.branches
+        self.caching = not self.last_step and (ahead or self.rel_l1_thresh > 0)
+        self.order = self.order if self.caching and not ahead else 1
         branch = next((b for b in self.branches if b.matches(conditioning, layout)), Branch(conditioning, layout))
         self.branches += [branch] if not self.last_step and branch not in self.branches else []
         branch.step = self.step
@@ -130,34 +125,47 @@ class TeaCacheState:
     def decide(self, branch, modulated_input=None, force=False):
         """Whether this call runs the blocks; None: a threshold needs the `modulated_input` first.
 
-        The first call of a step decides for all its branches; one with nothing cached, or with `force`, is computed.
+        The first call of a step decides for all branches; `force`, or a branch with nothing cached, computes.
         """
         needed = force or not self.caching or (not branch.history if self.order else branch.residual is None)
-        if self.compute is None:
-            if self.caching and self.budget is not None:
-                needed = needed or is_due(self.timesteps, self.schedule, self.num_steps, self.budget)
+        if self.compute is None or self.step == 0:  # a generation may begin where the last one was interrupted
+            if self.caching and self.computed_steps is not None:
+                needed = needed or is_due(self.timesteps, self.schedule, self.num_steps, self.computed_steps)
             elif self.caching:
-                if modulated_input is None:
+                if self.tolerance is not None:
+                    change, limit = self.expected_error(), self.tolerance
+                elif modulated_input is None:
                     return None
-                (decided_by, previous), self.modulated_input = self.modulated_input, (branch, modulated_input)
-                change = relative_l1(modulated_input, previous) if decided_by is branch else math.nan
-                self.accumulated += np.polyval(self.coefficients, change)
-                needed = needed or not self.accumulated < self.rel_l1_thresh  # a NaN computes
+                else:
+                    (seen, previous), branch.modulated_input = branch.modulated_input, (self.step, modulated_input)
+                    change = relative_l1(modulated_input, previous).item() if seen == self.step - 1 else math.nan
+                    change, limit = np.polyval(self.coefficients, change), self.rel_l1_thresh
+                self.accumulated += change
+                needed = needed or not self.accumulated < limit  # a NaN computes
             self.compute, self.accumulated = needed, 0.0 if needed else self.accumulated
-            self.schedule.append(needed)
+            self.schedule[self.step :] = [needed]
         return self.compute or needed
+
+    def expected_error(self):
+        """What a skip would add: it grows with the square of the time since the last computed step."""
+        computed = [t for t, c in zip(self.timesteps, self.schedule) if c]
+        if len(computed) < 2 or self.timestep - computed[-1] > 0.2:
+            return math.inf
+        if self.schedule[-1] and (errors := [b.error for b in self.branches if b.error is not None]):
+            error = torch.stack(errors).max().item()  # the one number read back
+            self.curvature = max(error / (computed[-1] - computed[-2]) ** 2, 0.8 * self.curvature)
+        return (self.timestep - self.timesteps[-2]) * self.curvature * (self.timestep - computed[-1]) ** 2
 
 
 def relative_l1(new, old):
-    """mean |new - old| / mean |old|, accumulated in float32."""
-    return ((new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
+    """mean |new - old| / mean |old|, accumulated in float32; a tensor."""
+    return (new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)
 
 
 def is_due(timesteps, schedule, num_steps, budget):
     """Whether the step at timesteps[-1] is computed, so that exactly `budget` of `num_steps` are.
 
-    It ignores the activations: what is left of the budget is spread evenly over the rest of the trajectory, measured as
-    the mean of step index and timestep.
+    The rest of the budget is spread evenly over the rest of the trajectory, the mean of step index and timestep.
     """
     start = timesteps[0]
     position = [(i / num_steps + (t - start) / ((1 - start) or 1.0)) / 2 for i, t in enumerate(timesteps)]  # 0 to 1
@@ -181,9 +189,8 @@ def teacache_forward(
 ):
     """`Lumina2Transformer2DModel.forward` (diffusers 0.33 to 0.42) with TeaCache: the velocity, like the latents.
 
-    Settings are read from the instance or its class: `enable_teacache`, `num_steps`, `rel_l1_thresh`, `coefficients`,
-    `order`, `computed_steps`; their defaults are the constants above. The state is `self.teacache`, on the instance.
-    With gradients, at threshold 0 or with `enable_teacache = False`, the stock forward runs.
+    Settings are read from the instance or its class, see DEFAULTS; the state is `self.teacache`, on the instance. With
+    gradients, at threshold 0 or with `enable_teacache = False`, the stock forward runs.
     """
     inputs = hidden_states, timestep, encoder_hidden_states, encoder_attention_mask
     scale = (attention_kwargs or {}).get("scale", 1.0)
@@ -199,7 +206,7 @@ def teacache_forward(
 
     # TeaCache, before the network: a decision that needs no modulated input
     cache = vars(self).setdefault("teacache", TeaCacheState())
-    conditioning = encoder_hidden_states, encoder_attention_mask
+    conditioning = encoder_hidden_states, encoder_attention_mask  # the last: one object throughout a generation
     branch = cache.advance(self, timestep.flatten()[0].item(), conditioning, hidden_states)
     compute = cache.decide(branch)
     if compute is not None and cache.order == 1:
@@ -263,25 +270,25 @@ def teacache_forward(
 
 
 def apply_teacache(
-    model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=None, coefficients=None, order=ORDER, *, computed_steps=None
+    model, num_steps=None, rel_l1_thresh=None, coefficients=None, order=ORDER, *, computed_steps=None, tolerance=None
 ):
     """Switch TeaCache on for `pipeline.transformer` or `pipeline.diffusion_net`, before or after offloading is enabled.
 
-    num_steps: the pipeline's `num_inference_steps`. rel_l1_thresh: compute a step when the accumulated, rescaled relative
-    L1 change reaches this; 0 skips nothing. coefficients: of the rescaling polynomial, highest power first. order: of
-    the steps that a threshold skips, see ORDER. computed_steps: instead of a threshold, compute exactly so many steps.
-    Defaults are the constants above. Returns the model. Raises ValueError for settings that cannot work.
+    num_steps: the pipeline's `num_inference_steps`. rel_l1_thresh, computed_steps, tolerance: one of them, or none for
+    the constants above, which explain them and `order`. coefficients: of the polynomial that rescales changes for
+    rel_l1_thresh, highest power first. Returns the model. Raises ValueError for settings that cannot work.
     """
+    num_steps = NUM_INFERENCE_STEPS if num_steps is None else num_steps
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"give pipeline.transformer or pipeline.diffusion_net, not a {type(model).__name__}")
-    if rel_l1_thresh is None and computed_steps is None:
-        rel_l1_thresh, computed_steps = (REL_L1_THRESH, None) if COMPUTED_STEPS is None else (None, COMPUTED_STEPS)
-    check_settings(num_steps, rel_l1_thresh, computed_steps)
+    limits = {"rel_l1_thresh": rel_l1_thresh, "computed_steps": computed_steps, "tolerance": tolerance}
+    check_settings(num_steps, **limits)
     remove_teacache(model)
+    limits = limits if any(limit is not None for limit in limits.values()) else {}  # none: the constants above
     slot = "_old_forward" if "_old_forward" in vars(model) else "forward"  # accelerate's offloading moves it there
-    coefficients = COEFFICIENTS if coefficients is None else coefficients
-    values = True, num_steps, rel_l1_thresh or 0.0, coefficients, order, computed_steps
-    vars(model).update(zip(SETTINGS, values), **{slot: MethodType(teacache_forward, model)})
+    vars(model).update(limits, enable_teacache=True, num_steps=num_steps, order=order)
+    model.coefficients = COEFFICIENTS if coefficients is None else coefficients
+    setattr(model, slot, MethodType(teacache_forward, model))
     return model
 
 
@@ -292,18 +299,18 @@ def remove_teacache(model):
             vars(model).pop(slot)
             if slot == "_old_forward":
                 model._old_forward = MethodType(type(model).forward, model)
-    for name in (*SETTINGS, "teacache"):
+    for name in (*DEFAULTS, "teacache"):
         vars(model).pop(name, None)
     return model
 
 
-def check_settings(num_steps, rel_l1_thresh, computed_steps):
-    if num_steps is None or not num_steps >= 1 or num_steps % 1:
+def check_settings(num_steps, rel_l1_thresh=None, computed_steps=None, tolerance=None):
+    if not num_steps >= 1 or num_steps % 1:
         raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
-    if rel_l1_thresh is not None and computed_steps is not None:
-        raise ValueError("give rel_l1_thresh or computed_steps, not both")
-    if rel_l1_thresh is not None and not 0 <= rel_l1_thresh < math.inf:
-        raise ValueError(f"rel_l1_thresh must be a number of at least 0 (0 skips nothing), not {rel_l1_thresh}")
+    if [rel_l1_thresh, computed_steps, tolerance].count(None) < 2:
+        raise ValueError("give only one of rel_l1_thresh, computed_steps and tolerance")
+    if any(limit is not None and not 0 <= limit < math.inf for limit in (rel_l1_thresh, tolerance)):
+        raise ValueError("rel_l1_thresh and tolerance must be numbers of at least 0; 0 skips nothing")
     if computed_steps is not None and computed_steps not in range(min(2, num_steps), num_steps + 1):
         raise ValueError(f"computed_steps must be 2 to {num_steps}, the number of steps, not {computed_steps}")
 
@@ -318,6 +325,7 @@ def parse_args(argv=None, extend=lambda parser: None):
     add("--negative-prompt", default=NEGATIVE_PROMPT)
     add("--rel-l1-thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
     add("--computed-steps", type=int, help="instead of a threshold: compute exactly so many of the steps")
+    add("--tolerance", type=float, help="instead of a threshold: compute where the extrapolation would err more, 0.003")
     add("--num-inference-steps", type=int, default=NUM_INFERENCE_STEPS)
     add("--height", type=int, default=HEIGHT)
     add("--width", type=int, default=WIDTH)
@@ -331,12 +339,12 @@ def parse_args(argv=None, extend=lambda parser: None):
     args = parser.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.model is None and args.device != "cuda" and BUNDLED_MODEL.is_dir():
-        print(f"No CUDA GPU: using the bundled emoji model. For the real one: --model {MODEL}")
         args.model, args.device = str(BUNDLED_MODEL), "cpu"
+        print(f"No CUDA GPU: using the bundled emoji model. For the real one: --model {MODEL}")
     args.model = args.model or MODEL
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
     try:
-        check_settings(args.num_inference_steps, args.rel_l1_thresh, args.computed_steps)
+        check_settings(args.num_inference_steps, args.rel_l1_thresh, args.computed_steps, args.tolerance)
         kind = Lumina2Pipeline.load_config(args.model).get("_class_name")
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
@@ -368,8 +376,8 @@ def load_pipeline(args):
 
 def generate(pipeline, args):
     """Returns a PIL image, the seconds that it took, and the schedule: True for each computed step."""
-    settings = {"rel_l1_thresh": args.rel_l1_thresh, "computed_steps": args.computed_steps}
-    apply_teacache(pipeline.transformer, args.num_inference_steps, **settings)
+    limits = {name: getattr(args, name) for name in ("rel_l1_thresh", "computed_steps", "tolerance")}
+    apply_teacache(pipeline.transformer, args.num_inference_steps, **limits)
     names = "prompt negative_prompt num_inference_steps height width guidance_scale cfg_trunc_ratio".split()
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: equal noise on every device
     began = time.perf_counter()

@@ -31,10 +31,10 @@ def parse_args(argv=None):
 
     def extend(parser):
         parser.add_argument("pairs", metavar="FILE", help="CSV, one image,audio per line")
-        parser.set_defaults(parser=parser)
+        parser.set_defaults(parser=parser, input_image=__file__, input_audio=__file__)  # of the pairs instead
 
     args = teacache_memo.parse_args(argv, extend)
-    settings = {"rel_l1_thresh": args.rel_l1_thresh, "computed_steps": args.computed_steps, "config": dict(args.config)}
+    settings = {**args.limits, "config": dict(args.config)}
     try:
         pairs = [line for line in csv.reader(Path(args.pairs).read_text(encoding="utf-8-sig").splitlines()) if line]
         args.paths, args.jobs = [], []
@@ -70,8 +70,8 @@ def make(pipeline, audio_proj, config, path, job):
     draft = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
     with tempfile.TemporaryDirectory() as folder:
         inputs = teacache_memo.prepare(job["image"], job["audio"], config, folder)
-        budget = job["rel_l1_thresh"], job["computed_steps"]
-        frames, _, _ = teacache_memo.generate(pipeline, audio_proj, inputs, config, job["seed"], *budget)
+        limits = {name: job[name] for name in ("rel_l1_thresh", "computed_steps", "tolerance")}
+        frames, _, _ = teacache_memo.generate(pipeline, audio_proj, inputs, config, job["seed"], **limits)
         try:
             teacache_memo.write_video(frames, draft, config.fps, inputs.sound)
             path.with_suffix(".json").write_text(json.dumps(job), encoding="utf-8")
@@ -86,9 +86,8 @@ def main(argv=None):
     state.wait_for_everyone()  # all have seen which videos are missing
     with state.split_between_processes(args.jobs) as jobs:
         if jobs:
-            xformers = config.enable_xformers_memory_efficient_attention
-            models = config.model_name_or_path, config.vae, state.device, config.weight_dtype, xformers
-            pipeline, audio_proj = teacache_memo.load_pipeline(*models)
+            models = {"model": config.model_name_or_path, "vae": config.vae, "dtype": config.weight_dtype}
+            pipeline, audio_proj = teacache_memo.load_pipeline(**models, device=state.device)
         for path, job in tqdm(jobs, unit="video", disable=not state.is_main_process):
             try:
                 make(pipeline, audio_proj, config, path, job)

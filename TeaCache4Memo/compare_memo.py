@@ -29,13 +29,15 @@ def parse_args(argv=None):
     def extend(parser):
         add = parser.add_argument
         add("--rel_l1_thresh", nargs="*", type=float, dest="thresholds", default=[0.09, 0.15, 0.25], metavar="T")
+        add("--tolerance", nargs="*", type=float, dest="tolerances", default=[], metavar="T")
         add("--computed_steps", nargs="*", type=int, dest="budgets", metavar="K", help="default: half of the steps")
-        parser.set_defaults(rel_l1_thresh=None, computed_steps=None, parser=parser)
+        parser.set_defaults(rel_l1_thresh=None, computed_steps=None, tolerance=None, parser=parser)
 
     args = teacache_memo.parse_args(argv, extend)
     budgets = [max(2, args.config.inference_steps // 2)] if args.budgets is None else args.budgets
-    settings = [(t, None) for t in dict.fromkeys([0.0, *args.thresholds])] + [(None, k) for k in budgets]
-    args.settings = [{"rel_l1_thresh": t, "computed_steps": k} for t, k in settings]
+    limits = [{"rel_l1_thresh": t} for t in dict.fromkeys([0.0, *args.thresholds])]
+    limits += [{"computed_steps": k} for k in budgets] + [{"tolerance": t} for t in args.tolerances]
+    args.settings = [{"rel_l1_thresh": None, "computed_steps": None, "tolerance": None, **limit} for limit in limits]
     args.output = args.output.with_stem(f"{args.output.stem}_compare")
     try:
         for each in args.settings:
@@ -57,13 +59,9 @@ def psnr(frames, reference):
 def caption(entry):
     """The lines of text under a panel."""
     thresh, computed = entry["rel_l1_thresh"], f"{entry['computed']} of {entry['steps']} steps"
-    name = (
-        f"{entry['computed_steps']} steps a clip"
-        if thresh is None
-        else f"threshold {thresh:g}"
-        if thresh
-        else "original"
-    )
+    tolerance = entry["tolerance"]
+    name = f"{entry['computed_steps']} steps a clip" if tolerance is None else f"tolerance {tolerance:g}"
+    name = name if thresh is None else f"threshold {thresh:g}" if thresh else "original"
     cost = f"{entry['seconds']:.1f} s, {entry['speedup']:.2f}x"
     return name, cost, computed, f"PSNR {entry['psnr']:.1f} dB" if thresh != 0 else ""
 
@@ -89,10 +87,10 @@ def panels(videos, entries):
 
 def compare(args, folder):
     """Make and time all panels. Returns the videos, their entries and the path of the sound."""
-    inputs, config = teacache_memo.prepare(args.input_image, args.input_audio, args.config, folder), args.config
-    xformers = config.enable_xformers_memory_efficient_attention
-    models = config.model_name_or_path, config.vae, None, config.weight_dtype, xformers
-    pipeline, audio_proj = teacache_memo.load_pipeline(*models)
+    config = args.config
+    inputs = teacache_memo.prepare(args.input_image, args.input_audio, config, folder)
+    models = {"model": config.model_name_or_path, "vae": config.vae, "dtype": config.weight_dtype}
+    pipeline, audio_proj = teacache_memo.load_pipeline(**models)
 
     def make(**settings):
         return teacache_memo.generate(pipeline, audio_proj, inputs, config, args.seed, **settings)

@@ -1,15 +1,11 @@
-"""TeaCache for MEMO: training-free caching of the talking-head model, in one self-contained script.
+"""TeaCache (arXiv 2411.19108) for MEMO, the talking-head model: training-free caching, in one self-contained script.
 
 MEMO (arXiv 2412.04448) makes video of a portrait and a voice, in clips of 16 frames. When the features of its first
 convolution have barely changed since the last computed step, TeaCache skips the blocks and adds their last residual
-again (order 0). With a fixed number of computed steps, it extrapolates the last two outputs instead (order 1).
-Paper: Timestep Embedding Tells: It's Time to Cache for Video Diffusion Model, arXiv 2411.19108.
+again (order 0). With a number of computed steps, or a tolerance, it extrapolates the last two outputs (order 1).
 
     python teacache_memo.py --input_image face.jpg --input_audio speech.wav     # or edit the constants below
-
-In your own code (importing this file changes nothing):
-
-    from TeaCache4Memo.teacache_memo import apply_teacache, load_pipeline
+    from TeaCache4Memo.teacache_memo import apply_teacache, load_pipeline  # importing changes nothing
     pipeline, audio_proj = load_pipeline("memoavatar/memo")
     apply_teacache(pipeline.diffusion_net, num_steps=20, rel_l1_thresh=0.15)
 """
@@ -26,12 +22,11 @@ from types import MethodType, ModuleType, SimpleNamespace
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from diffusers.utils import is_xformers_available
-from tqdm import tqdm
 
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.9x fewer passes (20 steps, see README)
 COMPUTED_STEPS = None  # instead of the threshold: compute exactly so many steps of each clip, say 10 of 20
+TOLERANCE = None  # instead of the threshold: compute where the extrapolation would err more than this, say 0.003
 ORDER = 0  # skipped steps under a threshold. 0: add the last residual (TeaCache) | 1: extrapolate the last two outputs
 NUM_INFERENCE_STEPS = 20  # for apply_teacache; the command line takes inference_steps from CONFIG
 SEED = 42
@@ -40,7 +35,8 @@ INPUT_IMAGE = "assets/examples/dicaprio.jpg"
 INPUT_AUDIO = "assets/examples/speech.wav"
 MODEL = "memoavatar/memo"  # for load_pipeline; the command line takes model_name_or_path from CONFIG
 COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: the identity, none was fitted for MEMO
-DAMPING = 0.5  # of the extrapolation, see Branch.forecast
+DAMPING = 0.25  # of the extrapolation, see Branch.forecast
+CURVATURE = 60.0  # of the outputs, before anything is known, see TeaCacheState.expected_error
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as CONFIG names them
 # ------------------------------------------------------------------------------
 
@@ -63,7 +59,8 @@ def import_memo():
     return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
 
 
-SETTINGS = "enable_teacache", "num_steps", "rel_l1_thresh", "coefficients", "order", "computed_steps"
+DEFAULTS = {"enable_teacache": True, "num_steps": NUM_INFERENCE_STEPS, "rel_l1_thresh": REL_L1_THRESH}
+DEFAULTS |= {"coefficients": COEFFICIENTS, "order": ORDER, "computed_steps": COMPUTED_STEPS, "tolerance": TOLERANCE}
 try:
     STOCK_FORWARD = globals().get("STOCK_FORWARD") or import_memo().UNet3DConditionModel.forward  # kept if reloaded
 except ImportError:  # memo is not installed
@@ -75,8 +72,10 @@ class Branch:
 
     def __init__(self, conditioning, layout):
         self.conditioning, self.layout, self.step = conditioning, layout, -1  # step: the last that used this branch
+        self.modulated_input = None, None  # of a threshold: the step that saw it, and the tensor
         self.residual = None  # order 0: output minus input of the blocks at the last computed step
         self.history = []  # order 1: (timestep, output) of the last two computed steps
+        self.error = None  # order 1: relative L1 error of the forecast at the last computed step
 
     def matches(self, conditioning, layout):
         """Equal values count: a caller may cast its tensors anew at every call."""
@@ -86,6 +85,7 @@ class Branch:
         )
 
     def remember(self, timestep, output):
+        self.error = relative_l1(self.forecast(timestep), output) if len(self.history) == 2 else None
         earlier = [(t, x) for t, x in self.history if t < timestep]  # a step may be called twice
         self.history = [*earlier[-1:], (timestep, output.clone())]  # the caller may write into its output
 
@@ -109,20 +109,14 @@ class TeaCacheState:
         self.step, self.timestep, self.last_step = -1, -math.inf, False
         self.timesteps, self.schedule = [], []  # one entry a step; schedule: True for a computed step
         self.compute = None  # the decision for this step, shared by its branches; None: not made yet
-        self.modulated_input = None, None  # of the last step: the branch that decided, and what it saw
-        self.accumulated = 0.0  # rescaled relative L1 change since the last computed step
+        self.accumulated = 0.0  # rescaled relative L1 change, or expected error, since the last computed step
+        self.curvature = CURVATURE  # error of the forecast over the square of the gap in time
         self.branches = []
 
     def advance(self, model, timestep, conditioning, latents):
-        """Read the settings, move to the step of this call and return its branch. The last step begins with freeing it.
-
-        timestep: 0 is noise and 1 the end; calls of one step share it. conditioning: tensors or None, of which the last
-        stays the same object throughout a generation.
-        """
-        self.num_steps = getattr(model, "num_steps", NUM_INFERENCE_STEPS)
-        self.rel_l1_thresh = getattr(model, "rel_l1_thresh", REL_L1_THRESH)
-        self.coefficients = getattr(model, "coefficients", COEFFICIENTS)
-        self.budget = getattr(model, "computed_steps", None if hasattr(model, "rel_l1_thresh") else COMPUTED_STEPS)
+        """Read the settings, move to the step of this call (timesteps rise from 0 to 1) and return its branch."""
+        vars(self).update({name: getattr(model, name, default) for name, default in DEFAULTS.items()})
+        ahead = self.computed_steps is not None or self.tolerance is not None  # needs no modulated input
         layout = latents.shape, latents.dtype, latents.device
         if timestep != self.timestep:
             branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
@@ -136,10 +130,9 @@ class TeaCacheState:
             self.branches, self.step, self.timestep, self.compute = branches, self.step + 1, timestep, None
             self.timesteps.append(timestep)
         self.last_step = self.step >= self.num_steps - 1
-        if self.last_step:
-            self.branches, self.modulated_input = [], (None, None)
-        self.caching = not self.last_step and (self.budget is not None or self.rel_l1_thresh > 0)
-        self.order = getattr(model, "order", ORDER) if self.caching and self.budget is None else 1
+        self.branches = [] if self.last_step else self.branches
+        self.caching = not self.last_step and (ahead or self.rel_l1_thresh > 0)
+        self.order = self.order if self.caching and not ahead else 1
         branch = next((b for b in self.branches if b.matches(conditioning, layout)), Branch(conditioning, layout))
         self.branches += [branch] if not self.last_step and branch not in self.branches else []
         branch.step = self.step
@@ -148,34 +141,47 @@ class TeaCacheState:
     def decide(self, branch, modulated_input=None, force=False):
         """Whether this call runs the blocks; None: a threshold needs the `modulated_input` first.
 
-        The first call of a step decides for all its branches; one with nothing cached, or with `force`, is computed.
+        The first call of a step decides for all branches; `force`, or a branch with nothing cached, computes.
         """
         needed = force or not self.caching or (not branch.history if self.order else branch.residual is None)
-        if self.compute is None:
-            if self.caching and self.budget is not None:
-                needed = needed or is_due(self.timesteps, self.schedule, self.num_steps, self.budget)
+        if self.compute is None or self.step == 0:  # a generation may begin where the last one was interrupted
+            if self.caching and self.computed_steps is not None:
+                needed = needed or is_due(self.timesteps, self.schedule, self.num_steps, self.computed_steps)
             elif self.caching:
-                if modulated_input is None:
+                if self.tolerance is not None:
+                    change, limit = self.expected_error(), self.tolerance
+                elif modulated_input is None:
                     return None
-                (decided_by, previous), self.modulated_input = self.modulated_input, (branch, modulated_input)
-                change = relative_l1(modulated_input, previous) if decided_by is branch else math.nan
-                self.accumulated += np.polyval(self.coefficients, change)
-                needed = needed or not self.accumulated < self.rel_l1_thresh  # a NaN computes
+                else:
+                    (seen, previous), branch.modulated_input = branch.modulated_input, (self.step, modulated_input)
+                    change = relative_l1(modulated_input, previous).item() if seen == self.step - 1 else math.nan
+                    change, limit = np.polyval(self.coefficients, change), self.rel_l1_thresh
+                self.accumulated += change
+                needed = needed or not self.accumulated < limit  # a NaN computes
             self.compute, self.accumulated = needed, 0.0 if needed else self.accumulated
-            self.schedule.append(needed)
+            self.schedule[self.step :] = [needed]
         return self.compute or needed
+
+    def expected_error(self):
+        """What a skip would add: it grows with the square of the time since the last computed step."""
+        computed = [t for t, c in zip(self.timesteps, self.schedule) if c]
+        if len(computed) < 2 or self.timestep - computed[-1] > 0.2:
+            return math.inf
+        if self.schedule[-1] and (errors := [b.error for b in self.branches if b.error is not None]):
+            error = torch.stack(errors).max().item()  # the one number read back
+            self.curvature = max(error / (computed[-1] - computed[-2]) ** 2, 0.8 * self.curvature)
+        return (self.timestep - self.timesteps[-2]) * self.curvature * (self.timestep - computed[-1]) ** 2
 
 
 def relative_l1(new, old):
-    """mean |new - old| / mean |old|, accumulated in float32."""
-    return ((new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
+    """mean |new - old| / mean |old|, accumulated in float32; a tensor."""
+    return (new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)
 
 
 def is_due(timesteps, schedule, num_steps, budget):
     """Whether the step at timesteps[-1] is computed, so that exactly `budget` of `num_steps` are.
 
-    It ignores the activations: what is left of the budget is spread evenly over the rest of the trajectory, measured as
-    the mean of step index and timestep.
+    The rest of the budget is spread evenly over the rest of the trajectory, the mean of step index and timestep.
     """
     start = timesteps[0]
     position = [(i / num_steps + (t - start) / ((1 - start) or 1.0)) / 2 for i, t in enumerate(timesteps)]  # 0 to 1
@@ -208,13 +214,10 @@ def teacache_forward(
 ):
     """`UNet3DConditionModel.forward` (memo, commit a5aee30) with TeaCache: the velocity, shaped like the latents.
 
-    Settings are read from the instance or its class: `enable_teacache`, `num_steps`, `rel_l1_thresh`, `coefficients`,
-    `order`, `computed_steps`; their defaults are the constants above. The state is `self.teacache`, on the instance.
-    With gradients, at threshold 0, with `enable_teacache = False` and in a computed step, the stock forward runs.
+    Settings are read from the instance or its class, see DEFAULTS; the state is `self.teacache`, on the instance. With
+    gradients, at threshold 0, with `enable_teacache = False` and in a computed step, the stock forward runs.
     """
     inputs = {**locals(), "return_dict": False}
-    if torch.is_tensor(audio_emotion) and audio_emotion.ndim == 0:  # memo's pipeline without guidance
-        raise ValueError("audio_emotion needs one label a sample: give guidance_scale > 1 to memo's pipeline")
     if torch.is_grad_enabled() or not getattr(self, "enable_teacache", True):
         vars(self).pop("teacache", None)  # the cache would be stale at the next call
         return STOCK_FORWARD(**{**inputs, "return_dict": return_dict})
@@ -223,7 +226,7 @@ def teacache_forward(
     cache = vars(self).setdefault("teacache", TeaCacheState())
     times = [torch.as_tensor(t).double().mean() for t in (timestep if isinstance(timestep, list) else [timestep])]
     conditioning = [encoder_hidden_states, audio_embedding, audio_emotion, class_labels, mask_cond_fea, attention_mask]
-    conditioning += [uc_mask, ref_features["mid"][0][0][0]]
+    conditioning += [uc_mask, ref_features["mid"][0][0][0]]  # the last: one object throughout a clip
     branch = cache.advance(self, 1 - sum(times).item() / len(times) / 1000, conditioning, sample)
     compute = cache.decide(branch, force=update_past_memory)
 
@@ -256,25 +259,25 @@ def teacache_forward(
 
 
 def apply_teacache(
-    model, num_steps=NUM_INFERENCE_STEPS, rel_l1_thresh=None, coefficients=None, order=ORDER, *, computed_steps=None
+    model, num_steps=None, rel_l1_thresh=None, coefficients=None, order=ORDER, *, computed_steps=None, tolerance=None
 ):
     """Switch TeaCache on for `pipeline.transformer` or `pipeline.diffusion_net`, before or after offloading is enabled.
 
-    num_steps: the pipeline's `num_inference_steps`. rel_l1_thresh: compute a step when the accumulated, rescaled relative
-    L1 change reaches this; 0 skips nothing. coefficients: of the rescaling polynomial, highest power first. order: of
-    the steps that a threshold skips, see ORDER. computed_steps: instead of a threshold, compute exactly so many steps.
-    Defaults are the constants above. Returns the model. Raises ValueError for settings that cannot work.
+    num_steps: the pipeline's `num_inference_steps`. rel_l1_thresh, computed_steps, tolerance: one of them, or none for
+    the constants above, which explain them and `order`. coefficients: of the polynomial that rescales changes for
+    rel_l1_thresh, highest power first. Returns the model. Raises ValueError for settings that cannot work.
     """
+    num_steps = NUM_INFERENCE_STEPS if num_steps is None else num_steps
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"give pipeline.transformer or pipeline.diffusion_net, not a {type(model).__name__}")
-    if rel_l1_thresh is None and computed_steps is None:
-        rel_l1_thresh, computed_steps = (REL_L1_THRESH, None) if COMPUTED_STEPS is None else (None, COMPUTED_STEPS)
-    check_settings(num_steps, rel_l1_thresh, computed_steps)
+    limits = {"rel_l1_thresh": rel_l1_thresh, "computed_steps": computed_steps, "tolerance": tolerance}
+    check_settings(num_steps, **limits)
     remove_teacache(model)
+    limits = limits if any(limit is not None for limit in limits.values()) else {}  # none: the constants above
     slot = "_old_forward" if "_old_forward" in vars(model) else "forward"  # accelerate's offloading moves it there
-    coefficients = COEFFICIENTS if coefficients is None else coefficients
-    values = True, num_steps, rel_l1_thresh or 0.0, coefficients, order, computed_steps
-    vars(model).update(zip(SETTINGS, values), **{slot: MethodType(teacache_forward, model)})
+    vars(model).update(limits, enable_teacache=True, num_steps=num_steps, order=order)
+    model.coefficients = COEFFICIENTS if coefficients is None else coefficients
+    setattr(model, slot, MethodType(teacache_forward, model))
     return model
 
 
@@ -285,18 +288,18 @@ def remove_teacache(model):
             vars(model).pop(slot)
             if slot == "_old_forward":
                 model._old_forward = MethodType(type(model).forward, model)
-    for name in (*SETTINGS, "teacache"):
+    for name in (*DEFAULTS, "teacache"):
         vars(model).pop(name, None)
     return model
 
 
-def check_settings(num_steps, rel_l1_thresh, computed_steps):
-    if num_steps is None or not num_steps >= 1 or num_steps % 1:
+def check_settings(num_steps, rel_l1_thresh=None, computed_steps=None, tolerance=None):
+    if not num_steps >= 1 or num_steps % 1:
         raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
-    if rel_l1_thresh is not None and computed_steps is not None:
-        raise ValueError("give rel_l1_thresh or computed_steps, not both")
-    if rel_l1_thresh is not None and not 0 <= rel_l1_thresh < math.inf:
-        raise ValueError(f"rel_l1_thresh must be a number of at least 0 (0 skips nothing), not {rel_l1_thresh}")
+    if [rel_l1_thresh, computed_steps, tolerance].count(None) < 2:
+        raise ValueError("give only one of rel_l1_thresh, computed_steps and tolerance")
+    if any(limit is not None and not 0 <= limit < math.inf for limit in (rel_l1_thresh, tolerance)):
+        raise ValueError("rel_l1_thresh and tolerance must be numbers of at least 0; 0 skips nothing")
     if computed_steps is not None and computed_steps not in range(min(2, num_steps), num_steps + 1):
         raise ValueError(f"computed_steps must be 2 to {num_steps}, the number of steps, not {computed_steps}")
 
@@ -310,12 +313,11 @@ def set_memory_processors(diffusion_net):
     return diffusion_net
 
 
-def load_pipeline(model=MODEL, vae="stabilityai/sd-vae-ft-mse", device=None, dtype=torch.bfloat16, xformers=True):
-    """memo's `VideoPipeline` and `AudioProjModel`, ready to run.
+def load_pipeline(model=MODEL, vae="stabilityai/sd-vae-ft-mse", device=None, dtype=torch.bfloat16):
+    """memo's `VideoPipeline` and `AudioProjModel`. Raises ImportError without memo, OSError without a part of a model.
 
     model: Hub name or folder, in memo's own layout or as `save_pretrained` writes it, with audio_proj beside the parts.
-    vae: where `model` has none. device: default CUDA, else the CPU. dtype: of all but the audio projection, which stays
-    in float32 on the CPU, as in memo. Raises ImportError without memo, OSError if a part of the model is missing.
+    vae: where `model` has none. dtype: of all but the audio projection, which stays in float32 on the CPU, as in memo.
     """
     memo = import_memo()
     pipeline = memo.VideoPipeline(
@@ -327,15 +329,12 @@ def load_pipeline(model=MODEL, vae="stabilityai/sd-vae-ft-mse", device=None, dty
     )
     audio_proj = memo.AudioProjModel.from_pretrained(model, subfolder="audio_proj")
     set_memory_processors(pipeline.diffusion_net)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if xformers and device.type == "cuda" and is_xformers_available():
-        pipeline.reference_net.enable_xformers_memory_efficient_attention()
-        pipeline.diffusion_net.enable_xformers_memory_efficient_attention()
-    return pipeline.to(device=device, dtype=DTYPES.get(dtype, dtype)), audio_proj
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return pipeline.to(device, DTYPES.get(dtype, dtype)), audio_proj
 
 
 def prepare(image, audio, config, folder):
-    """The inputs of `generate`, by memo's functions for faces and voices; sound files are written into `folder`."""
+    """The inputs of `generate`, by memo's own functions for faces and voices; sound files are written into `folder`."""
     from huggingface_hub import snapshot_download
     from memo.utils.audio_utils import extract_audio_emotion_labels, preprocess_audio, resample_audio
     from memo.utils.vision_utils import preprocess_image
@@ -356,22 +355,21 @@ def prepare(image, audio, config, folder):
 
 
 @torch.no_grad()
-def generate(pipeline, audio_proj, inputs, config, seed=SEED, rel_l1_thresh=None, computed_steps=None, clips=None):
+def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, **limits):
     """The video, clip by clip; each clip starts from the last frames of the one before.
 
-    inputs: as `prepare` gives them: `pixel_values` (1, 3, height, width) in [-1, 1], `face_emb` (1, 512), `audio_emb`
-    (frames, window, blocks, channels), `audio_emotion` (frames,). config: memo's configs/inference.yaml. clips: limit.
+    inputs: `pixel_values` (1, 3, height, width) in [-1, 1], `face_emb` (1, 512), `audio_emb` (frames, window, blocks,
+    channels), `audio_emotion` (frames,). config: memo's configs/inference.yaml. clips: at most. limits: of the cache.
     Returns the frames, uint8 (frames, height, width, 3), the seconds that they took, and the schedule of all clips.
     """
-    apply_teacache(pipeline.diffusion_net, config.inference_steps, rel_l1_thresh, computed_steps=computed_steps)
-    pipeline.set_progress_bar_config(disable=True)
+    apply_teacache(pipeline.diffusion_net, config.inference_steps, **limits)
     size = config.num_generated_frames_per_clip
     settings = {"width": config.resolution, "height": config.resolution, "video_length": size}
     settings |= {"num_inference_steps": config.inference_steps, "guidance_scale": config.cfg_scale}
     settings["generator"] = torch.Generator().manual_seed(seed)  # on the CPU: equal noise on every device
     past_frames = inputs.pixel_values.repeat(config.num_init_past_frames, 1, 1, 1)
     frames, schedule, began = [], [], time.perf_counter()
-    for clip in tqdm(range(min(len(inputs.audio_emb) // size, clips or sys.maxsize)), unit="clip"):
+    for clip in range(min(len(inputs.audio_emb) // size, clips or sys.maxsize)):
         window = slice(clip * size, (clip + 1) * size)
         audio_emb = inputs.audio_emb[window].unsqueeze(0).to(audio_proj.device, audio_proj.dtype)
         video = pipeline(
@@ -394,55 +392,56 @@ def write_video(frames, path, fps, sound):
     import imageio.v2 as imageio
 
     settings = {"codec": "libx264", "quality": 8, "macro_block_size": 2, "ffmpeg_log_level": "error"}
-    imageio.mimwrite(path, frames, fps=fps, audio_path=str(sound), audio_codec="aac", **settings)
+    with imageio.get_writer(path, fps=fps, audio_path=str(sound), audio_codec="aac", **settings) as writer:
+        for frame in frames:
+            writer.append_data(frame)
 
 
 def parse_args(argv=None, extend=lambda parser: None):
     """The arguments, checked before anything is loaded. `extend` adds or replaces flags, for other tools."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, conflict_handler="resolve")  # an error is one line
-    add = parser.add_argument
-    add("--config", default=CONFIG, help="memo's configs/inference.yaml, or one like it")
-    add("--input_image", default=INPUT_IMAGE, help="portrait")
-    add("--input_audio", default=INPUT_AUDIO, help="voice")
-    add("--output_dir", type=Path, default=Path("outputs"), help="<image>_<audio>.mp4 is written there")
-    add("--seed", type=int, default=SEED)
-    add("--rel_l1_thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
-    add("--computed_steps", type=int, help="instead of a threshold: compute exactly so many steps of each clip")
+    parser.add_argument("--config", default=CONFIG, help="memo's configs/inference.yaml, or one like it")
+    parser.add_argument("--input_image", default=INPUT_IMAGE, help="portrait")
+    parser.add_argument("--input_audio", default=INPUT_AUDIO, help="voice")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="for <image>_<audio>.mp4")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--rel_l1_thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
+    parser.add_argument("--computed_steps", type=int, help="instead: compute exactly so many steps of each clip")
+    parser.add_argument("--tolerance", type=float, help="instead: compute where the extrapolation would err more")
     extend(parser)
     args = parser.parse_args(argv)
     try:
-        import_memo()
-        import memo
+        import memo.models
         from omegaconf import OmegaConf
 
         for name in ("config", "input_image", "input_audio"):
-            here, there = Path(getattr(args, name)), Path(memo.__path__[0]).parent / getattr(args, name)
-            setattr(args, name, here if here.is_file() or not there.is_file() else there)
+            path = Path(getattr(args, name))
+            setattr(args, name, path if path.is_file() else Path(memo.__path__[0]).parent / path)
             getattr(args, name).open("rb").close()
         args.config = OmegaConf.load(args.config)
-        check_settings(args.config.inference_steps, args.rel_l1_thresh, args.computed_steps)
+        args.limits = {name: getattr(args, name) for name in ("rel_l1_thresh", "computed_steps", "tolerance")}
+        check_settings(args.config.inference_steps, **args.limits)
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except ImportError as error:
         parser.error(f"memo is missing ({error}): git clone https://github.com/memoavatar/memo && pip install -e memo")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of the files, the config or the settings
         parser.error(" ".join(str(error).split()))
     args.output = args.output_dir / f"{args.input_image.name.split('.')[0]}_{args.input_audio.name.split('.')[0]}.mp4"
-    if args.output.exists():
-        parser.error(f"{args.output} exists: move it, or give another --output_dir")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    config, settings = args.config, {"rel_l1_thresh": args.rel_l1_thresh, "computed_steps": args.computed_steps}
+    config = args.config
+    if args.output.exists():
+        sys.exit(f"{args.output} exists: move it, or give another --output_dir")
     with tempfile.TemporaryDirectory() as folder:
         try:
             inputs = prepare(args.input_image, args.input_audio, config, folder)
         except (AssertionError, ImportError, OSError, ValueError) as error:
             sys.exit(f"could not prepare the portrait and the voice: {' '.join(str(error).split())}")
-        models = config.model_name_or_path, config.vae, None, config.weight_dtype
-        pipeline, audio_proj = load_pipeline(*models, xformers=config.enable_xformers_memory_efficient_attention)
-        frames, seconds, schedule = generate(pipeline, audio_proj, inputs, config, args.seed, **settings)
+        pipeline, audio_proj = load_pipeline(config.model_name_or_path, config.vae, dtype=config.weight_dtype)
+        frames, seconds, schedule = generate(pipeline, audio_proj, inputs, config, args.seed, **args.limits)
         write_video(frames, args.output, config.fps, inputs.sound)
     print(f"saved {args.output}: {seconds:.1f} s, {sum(schedule)} of {len(schedule)} steps computed")
 

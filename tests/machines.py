@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-DAMPING, IDENTITY = 0.5, [1.0, 0.0]
+DAMPING, CURVATURE, IDENTITY = 0.25, 60.0, [1.0, 0.0]
 
 
 class Machine:
@@ -15,22 +15,15 @@ class Machine:
     def stock(self, model):
         return lambda *args, **kwargs: self.script.STOCK_FORWARD(model, *args, **kwargs)
 
-    def oracle(self, model, job, steps=8, num_steps=None, before=None, **settings):
-        """Outputs, latents and schedule that TeaCache should give in a fresh process."""
+    def oracle(self, model, job, steps=8, num_steps=None, run=None, **settings):
+        """Outputs, latents and schedule that TeaCache should give in a fresh process; run: arguments of `denoise`."""
         oracle = Oracle(self, model, num_steps or steps, **settings)
-
-        def both(step, branch, count):
-            oracle.where = step, branch
-            if before:
-                before(step, branch, count)
-
-        run = {"cast": job.pop("cast")} if isinstance(job, dict) and "cast" in job else {}
-        return *self.denoise(oracle, job, steps, before=both, **run), oracle.schedule
+        return *self.denoise(oracle, job, steps, **{"before": oracle.at, **(run or {})}), oracle.schedule
 
     def path(self, model, job):
         """The sum of all changes of an uncached generation: thresholds below it skip some steps."""
         oracle = Oracle(self, model, 8, rel_l1_thresh=1e-9)
-        self.denoise(oracle, job, before=lambda step, branch, count: setattr(oracle, "where", (step, branch)))
+        self.denoise(oracle, job, before=oracle.at)
         return sum(oracle.changes)
 
     def block_calls(self, model):
@@ -60,7 +53,12 @@ class Lumina2(Machine):
 
     def job(self, seed=0, noise=0, guided=True, size=(4, 4), dtype=torch.float32, length=7):
         negative = self.models.conditioning([3], 100 + seed, dtype) if guided else None
-        return {"cond": self.models.conditioning([length], seed, dtype), "uncond": negative, "seed": noise, "size": size}
+        return {
+            "cond": self.models.conditioning([length], seed, dtype),
+            "uncond": negative,
+            "seed": noise,
+            "size": size,
+        }
 
     def tensors(self, job):
         return [t for pair in (job["cond"], job["uncond"]) if pair for t in pair]
@@ -89,6 +87,7 @@ class Memo(Machine):
 
     def __init__(self):
         import memo_models
+
         from TeaCache4Memo import teacache_memo
 
         self.models, self.script = memo_models, teacache_memo
@@ -153,13 +152,25 @@ class Oracle:
     """
 
     def __init__(
-        self, machine, model, num_steps, rel_l1_thresh=None, coefficients=IDENTITY, order=0, computed_steps=None
+        self,
+        machine,
+        model,
+        num_steps,
+        rel_l1_thresh=None,
+        coefficients=IDENTITY,
+        order=0,
+        computed_steps=None,
+        tolerance=None,
     ):
         self.machine, self.model, self.num_steps, self.budget = machine, model, num_steps, computed_steps
         self.thresh, self.poly = rel_l1_thresh, np.poly1d(coefficients)
-        self.order = order if computed_steps is None else 1
+        self.order = order if computed_steps is None and tolerance is None else 1
+        self.tolerance, self.errors = tolerance, {}  # step: the largest error of its forecasts
         self.schedule, self.times, self.changes, self.branches, self.accumulated = [], [], [], {}, 0.0
         self.last, self.where = (None, None), None
+
+    def at(self, step, branch, count):
+        self.where = step, branch
 
     def __call__(self, *args, **kwargs):
         (step, branch), seen, time = self.where, {}, self.machine.time(args, kwargs)
@@ -185,21 +196,44 @@ class Oracle:
             for hook in hooks:
                 hook.remove()
         if not seen["skip"]:
+            if self.order and len(memory.get("made", [])) == 2:
+                error = (self.forecast(memory, time) - output).abs().mean() / output.abs().mean()
+                self.errors[step] = max(self.errors.get(step, 0.0), error.item())
             earlier = [(t, x) for t, x in memory.get("made", []) if t != time] if self.order else []
             memory["made"] = [*earlier[-1:], (time, output.clone())] if self.order else seen["residual"]
         elif self.order:
-            (t1, output), *earlier = memory["made"][::-1]
-            if earlier:
-                t0, before = earlier[0]
-                g = (time - t1) / (t1 - t0)
-                output = output + (output - before) * (g / (1 + DAMPING * g))
+            output = self.forecast(memory, time)
         return (output,)
+
+    def forecast(self, memory, time):
+        (t1, output), *earlier = memory["made"][::-1]
+        if not earlier:
+            return output
+        t0, before = earlier[0]
+        g = (time - t1) / (t1 - t0)
+        return output + (output - before) * (g / (1 + DAMPING * g))
+
+    def is_wrong(self, step):
+        """Whether the errors that are expected since the last computed step add up to the tolerance."""
+        at = [i for i, computed in enumerate(self.schedule) if computed]
+        if len(at) < 2 or self.times[step] - self.times[at[-1]] > 0.2:
+            return True
+        curvature = CURVATURE
+        for i, j in zip(at, at[1:]):
+            if j in self.errors:
+                curvature = max(self.errors[j] / (self.times[j] - self.times[i]) ** 2, 0.8 * curvature)
+        total = 0.0
+        for i in range(at[-1] + 1, step + 1):
+            total += (self.times[i] - self.times[i - 1]) * curvature * (self.times[i] - self.times[at[-1]]) ** 2
+        return not total < self.tolerance
 
     def decide(self, step, branch, cached, signal):
         (decider, old), self.last = self.last, (branch, signal)
         compute = step == 0 or step >= self.num_steps - 1 or not cached or self.thresh == 0
         if not compute and self.budget is not None:
             compute = is_due(self.times, self.schedule, self.num_steps, self.budget)
+        elif not compute and self.tolerance is not None:
+            compute = self.is_wrong(step)
         elif not compute:
             assert decider == branch
             change = (signal - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)

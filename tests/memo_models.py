@@ -53,6 +53,9 @@ REFERENCE = {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }
+NAMES = ("down_block_types", "up_block_types")
+ONE_LEVEL = dict(zip(NAMES, [("CrossAttnDownBlock3D",), ("CrossAttnUpBlock3D",)]), block_out_channels=(32,))
+ONE_LEVEL_REFERENCE = dict(zip(NAMES, [("CrossAttnDownBlock2D",), ("CrossAttnUpBlock2D",)]), block_out_channels=(32,))
 
 
 def tiny_unet(seed=0, **config):
@@ -243,7 +246,8 @@ def oracle_run(model, clip, thresh=0.0, num_steps=8, coefficients=(1.0, 0.0), or
 def path_length(model, clip, **kwargs):
     """Sum of the indicator's relative changes over an uncached clip: thresholds below it skip some steps."""
     before, features = memory(model), []
-    hook = model.conv_in.register_forward_hook(lambda module, inputs, output: features.append(output))
+    mask = clip.inputs.get("mask_cond_fea", 0.0)
+    hook = model.conv_in.register_forward_hook(lambda module, inputs, output: features.append(output + mask))
     try:
         denoise(stock(model), clip, **kwargs)
     finally:

@@ -92,7 +92,9 @@ def test_python_snippets_of_lumina(pipeline, monkeypatch, capsys):
     exec(instance.replace("=30", "=4").replace("=15", "=2"), {"pipeline": pipeline})
     assert eval(capsys.readouterr().out).count(True) == 2 and "teacache" not in vars(pipeline.transformer)
     for name in ("forward", "enable_teacache", "cnt", "num_steps", "rel_l1_thresh"):
-        monkeypatch.setattr(Lumina2Transformer2DModel, name, getattr(Lumina2Transformer2DModel, name, None), raising=False)
+        monkeypatch.setattr(
+            Lumina2Transformer2DModel, name, getattr(Lumina2Transformer2DModel, name, None), raising=False
+        )
     scope = {"pipeline": pipeline, "num_inference_steps": 4, "Lumina2Transformer2DModel": Lumina2Transformer2DModel}
     exec(of_class, scope)
     pipeline("red apple", num_inference_steps=4, output_type="latent")
@@ -115,9 +117,13 @@ def test_what_the_founding_readmes_document():
         assert fact in LUMINA, fact
     facts = "~25 min|~17 min|~12 min|~10 min|1.5x|2.0x|2.5x|0.09 to 0.25|liu2024timestep|python teacache_memo.py|"
     facts += "pip install -e .|UNet3DConditionModel.forward = teacache_forward|enable_teacache = True|cnt = 0|"
-    facts += "from memo.models.unet_3d import UNet3DConditionModel|num_steps = num_inference_steps|rel_l1_thresh = 0.15|"
+    facts += (
+        "from memo.models.unet_3d import UNet3DConditionModel|num_steps = num_inference_steps|rel_l1_thresh = 0.15|"
+    )
     facts += "from memo.pipelines.video_pipeline import VideoPipeline|accumulated_rel_l1_distance = 0|"
-    facts += 'previous_modulated_input = None|previous_residual = None|VideoPipeline.from_pretrained("path/to/memo/model")'
+    facts += (
+        'previous_modulated_input = None|previous_residual = None|VideoPipeline.from_pretrained("path/to/memo/model")'
+    )
     for fact in facts.split("|"):
         assert fact in MEMO, fact
 

@@ -1,332 +1,292 @@
-"""Every way of running Lumina2 on fewer passes, on the same prompts and seeds: share of passes, seconds, fidelity.
+"""Every way to draw with fewer passes of Lumina2, against two references: the uncached image and the converged one.
 
-    python tests/benchmarks/lumina2_peers.py                              # the bundled model, 24 prompts
-    python tests/benchmarks/lumina2_peers.py --model PATH --prompts FILE --steps 30
+    python tests/benchmarks/lumina2_peers.py                        # the bundled model, 24 prompts, three shifts
+    python tests/benchmarks/lumina2_peers.py --model PATH --prompts FILE --count 8
 
-Compared with the uncached picture of the same number of steps:
-
-    fewer steps        the pipeline, asked for fewer Euler steps
-    TeaCache           the original: hold, at thresholds with v1, v2 and calibrated coefficients
-    hold               the last residual again, at the steps that a speedup chooses
-    cache-dit          DBCache with 1 or 8 blocks computed always, with TaylorSeer, with a mask of steps (if installed)
-    ours               forecast, at the steps that a speedup chooses; and at thresholds, calibrated
-
-Share of passes: calls of blocks, of those that the uncached run makes. Wall ratio: seconds of the uncached denoising
-loop over those of the method for the same prompt, median of all, after an untimed warm-up. The picture is decoded
-outside of the time. Prints for each number of steps a Markdown table, what was aimed at and found, and JSON as the last
-line; draws share against mean PSNR. Needs matplotlib, and cache-dit for its rows: pip install -e ".[lumina2,benchmark]"
+At each shift of the scheduler (the model's own, 1 and 6), for 8, 10, 15 and 20 passes: fewer Euler steps; second-order
+solvers (Adams-Bashforth 2, DPM-Solver++ 2M and UniPC in the time of the flow) at this shift and at their best; TeaCache
+as published; cache-dit, if it is installed; and ours, of 30 and of 100 steps. References: 30 uncached Euler steps, and
+250 at a shift of 3. A pass is one evaluation of the guided network; passes of methods that decide by themselves are
+means. Prints a Markdown table per shift and a JSON line, and plots two panels.
 """
 
 import argparse
-import contextlib
-import functools
 import importlib.util
 import json
-import logging
+import math
 import os
 import platform
 import statistics
 import sys
-import time
 import warnings
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import torch
-from diffusers import Lumina2Pipeline
+from diffusers import Lumina2Pipeline, UniPCMultistepScheduler
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from TeaCache4LuminaT2X import teacache_lumina2 as script  # noqa: E402
-from TeaCache4LuminaT2X.compare_lumina2 import psnr, ssim  # noqa: E402
+from TeaCache4LuminaT2X import teacache_lumina2  # noqa: E402
+from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache, remove_teacache  # noqa: E402
 
-# --- the methods ----------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def teacache(pipeline, steps, **settings):
-    script.apply_teacache(pipeline.transformer, steps, **settings)
-    try:
-        yield
-    finally:
-        script.remove_teacache(pipeline.transformer)
+STEPS, MORE_STEPS, CONVERGED = 30, 100, 250
+PASSES = 8, 10, 15, 20
+SHIFTS = 0.33, 1.0, 2.0  # where the solvers look for their best
+TOLERANCES = 0.001, 0.003, 0.01
 
 
-@contextlib.contextmanager
-def cache_dit(pipeline, steps, taylor=False, schedule=None, **settings):
-    """DBCache, as its own registry knows Lumina2; schedule: the steps that are computed, instead of a threshold."""
-    import cache_dit as library
+class Lab:
+    """The denoising loop of `Lumina2Pipeline` on prepared prompts, with any sigmas and any solver."""
 
-    if schedule:
-        settings |= {"steps_computation_mask": list(map(int, schedule)), "steps_computation_policy": "static"}
-    config = library.DBCacheConfig(num_inference_steps=steps, **settings)
-    calibrator = library.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
-    blocks = pipeline.transformer.layers
-    library.enable_cache(pipeline, cache_config=config, calibrator_config=calibrator)
-    try:
-        yield
-    finally:
-        library.disable_cache(pipeline)
-        assert pipeline.transformer.layers is blocks
+    def __init__(self, pipeline, prompts, guidance, seed):
+        self.pipeline, self.guidance, self.passes = pipeline, guidance, 0
+        embeds = pipeline.encode_prompt(prompts, True, negative_prompt=[""] * len(prompts))
+        longest = int(embeds[1].sum(1).max())  # padding costs time and changes nothing
+        self.cond, self.uncond = [x[:, :longest] for x in embeds[:2]], [x[:, :longest] for x in embeds[2:]]
+        size, channels = pipeline.default_sample_size, pipeline.transformer.config.in_channels
+        generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+        self.noise = torch.cat([torch.randn(1, channels, size, size, generator=g) for g in generators])
+        self.noise = self.noise.to(pipeline.device, pipeline.transformer.dtype)
 
+    def select(self, i):
+        """The same with one prompt: for methods that decide by the activations."""
+        one = object.__new__(Lab)
+        one.pipeline, one.guidance, one.passes = self.pipeline, self.guidance, 0
+        one.cond, one.uncond = ([x[i : i + 1] for x in pair] for pair in (self.cond, self.uncond))
+        one.noise = self.noise[i : i + 1]
+        return one
 
-def methods(model, steps, schedules):
-    """(family, setting, steps of the pipeline, context manager of the pipeline); schedules: {speedup: ours}."""
-    found = []
-
-    def add(family, setting, context=None, own_steps=None):
-        found.append((family, setting, own_steps or steps, context or (lambda pipeline: contextlib.nullcontext())))
-
-    def ours(family, setting, **settings):
-        add(family, setting, lambda pipeline: teacache(pipeline, steps, **settings))
-
-    def theirs(setting, **settings):
-        context = functools.partial(cache_dit, steps=steps, Bn_compute_blocks=0, **settings)
-        family = "cache-dit, TaylorSeer" if settings.get("taylor") else "cache-dit"
-        add(f"{family}, our steps" if settings.get("schedule") else family, setting, context)
-
-    for speedup in (1.5, 2, 3, 4):
-        add("fewer steps", f"{script.count(steps, speedup)} steps", own_steps=script.count(steps, speedup))
-    for thresh in (0.3, 0.5):
-        ours("TeaCache, v1", f"threshold {thresh}", rel_l1_thresh=thresh, predict="hold")
-    for thresh in (5,):
-        coefficients = {"coefficients": script.COEFFICIENTS_V2}
-        ours("TeaCache, v2", f"threshold {thresh}", rel_l1_thresh=thresh, predict="hold", **coefficients)
-    for indicator in script.INDICATORS:
-        for family, predict in (("TeaCache, calibrated", "hold"), ("forecast, calibrated", "forecast")):
-            coefficients, domain, _ = script.coefficients_of(model / "teacache.json", indicator, predict)
-            fitted = {"coefficients": coefficients, "domain": domain, "indicator": indicator, "predict": predict}
-            for thresh in (0.1, 0.2, 0.3) if domain else ():
-                ours(
-                    family if indicator == "modulated" else f"{family}, timestep",
-                    f"threshold {thresh}",
-                    rel_l1_thresh=thresh,
-                    **fitted,
-                )
-    for speedup in (2, 3, 4):
-        ours("hold, speedup", f"speedup {speedup}", speedup=speedup, predict="hold")
-    if importlib.util.find_spec("cache_dit"):
-        for taylor in (False, True):
-            with_t = {"taylor": taylor, "Fn_compute_blocks": 1}
-            theirs("F1, 0.12, warm-up 8", residual_diff_threshold=0.12, max_warmup_steps=8, **with_t)
-            theirs("F1, 0.08, warm-up 4", residual_diff_threshold=0.08, max_warmup_steps=4, **with_t)
-            theirs("F1, 0.12, warm-up 4", residual_diff_threshold=0.12, max_warmup_steps=4, **with_t)
-            for speedup in (2, 3, 4) if taylor else (2,):
-                theirs(f"F1, {script.count(steps, speedup)} steps", schedule=schedules[speedup], **with_t)
-        theirs("F8, 0.12, warm-up 8", residual_diff_threshold=0.12, max_warmup_steps=8, Fn_compute_blocks=8)
-    for speedup in (1.5, 2, 3, 4):
-        ours("forecast, speedup", f"speedup {speedup}", speedup=speedup, predict="forecast")
-    return found
-
-
-# --- one picture ----------------------------------------------------------------
-
-
-class Runner:
-    """Draws pictures, and counts the calls of the transformer's blocks."""
-
-    def __init__(self, pipeline, guidance):
-        self.pipeline, self.guidance, self.calls = pipeline, guidance, 0
-        for block in pipeline.transformer.layers:
-            block.register_forward_hook(self.count)
-
-    def count(self, *_):
-        self.calls += 1
-
-    def draw(self, embeds, seed, steps, context):
-        """PIL image, seconds of the denoising loop, calls of blocks."""
-        with context(self.pipeline):
-            self.calls = 0
-            synchronize()
-            began = time.perf_counter()
-            latents = self.pipeline(
-                **embeds,
-                num_inference_steps=steps,
-                guidance_scale=self.guidance,
-                generator=torch.Generator().manual_seed(seed),
-                output_type="latent",
-            ).images
-            synchronize()
-            seconds, calls = time.perf_counter() - began, self.calls
-        vae = self.pipeline.vae
-        with torch.no_grad():
-            picture = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
-        return self.pipeline.image_processor.postprocess(picture)[0], seconds, calls
-
-
-def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def measure(runner, model, prompts, steps, seed, only):
-    """{speedup: the schedule that ours chooses}, and a row for each method.
-
-    A row: {"family", "setting", "share", "wall", "psnr", "psnr_min", "ssim"}.
-    """
-    from tqdm.auto import tqdm
-
-    schedules = {}
-    for speedup in (1.5, 2, 3, 4):
-        with teacache(runner.pipeline, steps, speedup=speedup):
-            runner.pipeline("", num_inference_steps=steps, output_type="latent")
-            schedules[speedup] = runner.pipeline.transformer.teacache.schedule
-    ways = [way for way in methods(model, steps, schedules) if any(word in way[0] for word in only)]
-    collected = [{"calls": [], "seconds": [], "psnr": [], "ssim": []} for _ in ways]
-    base_calls, base_seconds = [], []
-    for i, prompt in enumerate(tqdm(prompts, desc=f"{steps} steps", unit="prompt")):
-        names = "prompt_embeds prompt_attention_mask negative_prompt_embeds negative_prompt_attention_mask".split()
-        embeds = dict(zip(names, runner.pipeline.encode_prompt(prompt, True, negative_prompt="")))
-        draw = functools.partial(runner.draw, embeds, seed + i)
-
-        def plain(pipeline):
-            return contextlib.nullcontext()
-
-        for _, _, own_steps, context in ways if i == 0 else ():  # warm-up
-            draw(own_steps, context)
-        reference, seconds, calls = draw(steps, plain)
-        base_calls.append(calls)
-        base_seconds.append(seconds)
-        for (_, _, own_steps, context), into in zip(ways, collected):
-            image, seconds, calls = draw(own_steps, context)
-            into["calls"].append(calls)
-            into["seconds"].append(seconds)
-            into["psnr"].append(min(psnr(image, reference), 99.0))  # 99 for equal pictures
-            into["ssim"].append(ssim(image, reference))
-    rows = []
-    for (family, setting, _, _), c in zip(ways, collected):
-        rows.append(
-            {
-                "family": family,
-                "setting": setting,
-                "share": sum(c["calls"]) / sum(base_calls),
-                "wall": statistics.median(a / b for a, b in zip(base_seconds, c["seconds"])),
-                "psnr": statistics.mean(c["psnr"]),
-                "psnr_min": min(c["psnr"]),
-                "ssim": statistics.mean(c["ssim"]),
-            }
+    def velocity(self, x, sigma):
+        """Guided and normalised as in the pipeline; from noise to image."""
+        timestep = torch.full((len(x),), 1 - float(sigma), device=x.device)
+        cond, uncond = (
+            self.pipeline.transformer(x, timestep, *c, return_dict=False)[0] for c in (self.cond, self.uncond)
         )
-    return schedules, rows
+        velocity = uncond + self.guidance * (cond - uncond)
+        self.passes += 1
+        return velocity * (cond.norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True))
+
+    def images(self, x):
+        vae = self.pipeline.vae
+        images = torch.cat(
+            [vae.decode(z[None] / vae.config.scaling_factor + vae.config.shift_factor).sample for z in x]
+        )
+        return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round() / 255
+
+    def euler(self, steps, shift, **_):
+        x, s = self.noise, sigmas(steps, shift)
+        for i in range(steps):
+            x = x + (s[i] - s[i + 1]) * self.velocity(x, s[i])
+        return self.images(x)
+
+    def adams_bashforth(self, steps, shift):
+        x, s, previous = self.noise, sigmas(steps, shift), None
+        for i in range(steps):
+            v, dt = self.velocity(x, s[i]), s[i] - s[i + 1]
+            slope = 0 if previous is None else (v - previous) / (s[i - 1] - s[i])
+            x, previous = x + dt * (v + slope * dt / 2), v
+        return self.images(x)
+
+    def dpm_solver(self, steps, shift):
+        """DPM-Solver++(2M), arXiv 2211.01095, for x = (1 - sigma) data + sigma noise."""
+        x, s, previous, h_before = self.noise, sigmas(steps, shift), None, None
+        log_snr = [math.log((1 - q) / q) if 0 < q < 1 else -math.log(1e9) * (1 if q else -1) for q in s]
+        for i in range(steps):
+            data = x + s[i] * self.velocity(x, s[i])
+            h, estimate = log_snr[i + 1] - log_snr[i], data
+            if 1 < i < steps - 1:  # the first step begins at an infinite ratio, the last one ends there
+                estimate = data + (data - previous) * (h / (2 * h_before))
+            x = data if i == steps - 1 else (s[i + 1] / s[i]) * x + (1 - s[i + 1]) * -math.expm1(-h) * estimate
+            previous, h_before = data, h
+        return self.images(x)
+
+    def unipc(self, steps, shift):
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": shift}
+        scheduler, x = UniPCMultistepScheduler(**flow), self.noise
+        scheduler.set_timesteps(steps)
+        for t, sigma in zip(scheduler.timesteps, scheduler.sigmas):
+            x = scheduler.step(-self.velocity(x, sigma), t, x, return_dict=False)[0]
+        return self.images(x)
+
+    def teacache(self, steps, shift, **settings):
+        """TeaCache with these settings; one prompt at a time unless the schedule ignores the activations."""
+        fixed = "computed_steps" in settings
+        parts = [self] if fixed else [self.select(i) for i in range(len(self.noise))]
+        images, computed = [], []
+        for part in parts:
+            apply_teacache(self.pipeline.transformer, steps, **settings)
+            images.append(part.euler(steps, shift))
+            computed.append(sum(self.pipeline.transformer.teacache.schedule))
+        remove_teacache(self.pipeline.transformer)
+        self.passes = statistics.mean(computed)
+        return torch.cat(images)
+
+    def schedule(self, steps, shift, **settings):
+        """The schedule of the first prompt."""
+        apply_teacache(self.pipeline.transformer, steps, **settings)
+        self.select(0).euler(steps, shift)
+        schedule = self.pipeline.transformer.teacache.schedule
+        remove_teacache(self.pipeline.transformer)
+        return schedule
+
+    def cache_dit(self, steps, shift, taylor=False, schedule=None, **settings):
+        """DBCache with 1 block always computed. schedule: steps to compute, instead of a threshold."""
+        import cache_dit
+
+        if schedule is not None:
+            settings |= {"steps_computation_mask": list(map(int, schedule)), "steps_computation_policy": "static"}
+        calls, images, blocks = 0, [], self.pipeline.transformer.layers
+
+        def count(*_):
+            nonlocal calls
+            calls += 1
+
+        hooks = [block.register_forward_hook(count) for block in blocks]
+        for i in range(len(self.noise)):
+            config = cache_dit.DBCacheConfig(
+                num_inference_steps=steps, Fn_compute_blocks=1, Bn_compute_blocks=0, **settings
+            )
+            calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
+            cache_dit.enable_cache(self.pipeline, cache_config=config, calibrator_config=calibrator)
+            try:
+                images.append(self.select(i).euler(steps, shift))
+            finally:
+                cache_dit.disable_cache(self.pipeline)
+        for hook in hooks:
+            hook.remove()
+        self.passes = calls / (2 * len(blocks) * len(self.noise))
+        return torch.cat(images)
 
 
-# --- what comes of it -----------------------------------------------------------
+def sigmas(steps, shift):
+    """Of `FlowMatchEulerDiscreteScheduler` in the pipeline, and 0."""
+    s = np.linspace(1.0, 1 / steps, steps)
+    return [*(shift * s / (1 + (shift - 1) * s)).tolist(), 0.0]
+
+
+def psnr(images, reference):
+    """dB of each image, at most 99."""
+    mse = (images - reference).square().flatten(1).mean(1).clamp_min(10**-9.9)
+    return (10 * torch.log10(1 / mse)).tolist()
+
+
+def measure(lab, shift, base, converged):
+    """Rows of {"method", "setting", "passes", and mean and least PSNR to "uncached" and "converged"}."""
+    rows = []
+
+    def add(method, setting, draw, *args, **settings):
+        lab.passes = 0
+        images = draw(*args, **settings)
+        row = {"method": method, "setting": setting, "passes": float(lab.passes)}
+        for name, reference in (("uncached", base), ("converged", converged)):
+            found = psnr(images, reference)
+            row |= {name: statistics.mean(found), f"{name} least": min(found)}
+        rows.append(row)
+        figures = f"{row['passes']:.1f} passes, {row['uncached']:.1f} and {row['converged']:.1f} dB"
+        print(f"shift {shift:g}: {method}, {setting}: {figures}", file=sys.stderr, flush=True)
+
+    for n in (STEPS, 50):
+        add("Euler, uncached", f"{n} steps", lab.euler, n, shift)
+    for n in PASSES:
+        add("fewer Euler steps", f"{n} steps", lab.euler, n, shift)
+    for name, solver in {"AB2": lab.adams_bashforth, "DPM-Solver++ 2M": lab.dpm_solver, "UniPC": lab.unipc}.items():
+        tried = {s: statistics.mean(psnr(solver(15, s), converged)) for s in SHIFTS}
+        best = max(tried, key=tried.get)
+        for n in PASSES:
+            add(name, f"{n} steps", solver, n, shift)
+            if best != shift:
+                add(f"{name}, best shift", f"{n} steps, shift {best:g}", solver, n, best)
+    for thresh in (0.1, 0.2, 0.3, 0.5):
+        add("TeaCache, published", f"threshold {thresh}", lab.teacache, STEPS, shift, rel_l1_thresh=thresh)
+    for steps in (STEPS, MORE_STEPS):
+        for k in PASSES:
+            add(f"computed_steps of {steps}", f"{k}", lab.teacache, steps, shift, computed_steps=k)
+        for tolerance in TOLERANCES:
+            add(f"tolerance of {steps}", f"{tolerance}", lab.teacache, steps, shift, tolerance=tolerance)
+    for taylor in (False, True) if importlib.util.find_spec("cache_dit") else ():
+        name = "cache-dit, TaylorSeer" if taylor else "cache-dit"
+        own = {"residual_diff_threshold": 0.12, "max_warmup_steps": 4}
+        add(name, "F1, 0.12, warm-up 4", lab.cache_dit, STEPS, shift, taylor, **own)
+        for k in (10, 15):
+            schedule = lab.schedule(STEPS, shift, computed_steps=k)
+            add(f"{name}, our steps", f"{k}", lab.cache_dit, STEPS, shift, taylor, schedule)
+    return rows
 
 
 def table(rows):
-    lines = ["| way | setting | share of passes | wall | PSNR, mean (least) | SSIM |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| method | setting | passes | to uncached, mean (least) | to converged, mean (least) |",
+        "|---|---|---|---|---|",
+    ]
     for r in rows:
-        psnrs = f"{r['psnr']:.1f} ({r['psnr_min']:.1f}) dB"
-        cost = f"{r['share']:.2f} | {r['wall']:.2f}x"
-        lines.append(f"| {r['family']} | {r['setting']} | {cost} | {psnrs} | {r['ssim']:.4f} |")
+        fidelity = " | ".join(f"{r[name]:.1f} ({r[f'{name} least']:.1f}) dB" for name in ("uncached", "converged"))
+        lines.append(f"| {r['method']} | {r['setting']} | {r['passes']:.1f} | {fidelity} |")
     return "\n".join(lines)
 
 
-def targets(rows, steps):
-    """Markdown: the forecast at a speedup against the others at its number of passes; met or missed."""
-    by = {(r["family"], r["setting"]): r for r in rows}
-    lines = ["| at a speedup of | against | aimed at | found | |", "|---|---|---|---|---|"]
-    for speedup, (mean, to_hold) in {2: (4, 5), 3: (2, None), 4: (0, None)}.items():
-        ours = by["forecast, speedup", f"speedup {speedup}"]
-        fewer = by["fewer steps", f"{script.count(steps, speedup)} steps"]
-        hold = by["hold, speedup", f"speedup {speedup}"]
-        theirs = [r["psnr"] for r in rows if r["family"].startswith("cache-dit") and r["share"] <= 1.1 * ours["share"]]
-        aims = [("fewer steps, mean", mean, ours["psnr"] - fewer["psnr"], "dB")]
-        aims += [("fewer steps, least", 0, ours["psnr_min"] - fewer["psnr_min"], "dB")]
-        aims += [("hold at the same steps, mean", to_hold, ours["psnr"] - hold["psnr"], "dB")]
-        aims += [("best of cache-dit at up to 1.1 of the share", 0, ours["psnr"] - max(theirs), "dB")] if theirs else []
-        aims += [("wall, of the ratio of passes", 0.9, ours["wall"] * ours["share"], "")]
-        for what, aim, found, unit in aims:
-            verdict = "" if aim is None else "met" if found >= aim else "missed"
-            wanted = "" if aim is None else f"{aim:+g} dB" if unit else f"{aim:g}"
-            lines.append(
-                f"| {speedup} | {what} | {wanted} | {f'{found:+.1f} dB' if unit else f'{found:.2f}'} | {verdict} |"
-            )
-    return "\n".join(lines)
-
-
-def plot(results, path):
-    """Share of passes against mean PSNR: a panel a number of steps, a line a family."""
+def plot(rows, shift, path):
+    """Passes against mean PSNR, one panel for each reference."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6 * len(results), 4.6), layout="constrained")
-    for axes, (steps, rows) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items()):
-        axes.set_prop_cycle(
-            color=[
-                "tab:blue",
-                "tab:orange",
-                "tab:green",
-                "black",
-                "tab:purple",
-                "tab:cyan",
-                "tab:gray",
-                "tab:olive",
-                "tab:brown",
-            ]
-        )
-        for family in dict.fromkeys(r["family"] for r in rows):
-            points = sorted((r["share"], r["psnr"]) for r in rows if r["family"] == family)
-            ours = family == "forecast, speedup"
-            style = {"color": "crimson", "linewidth": 2.5, "zorder": 5} if ours else {"linewidth": 1.2}
-            axes.plot(*zip(*points), marker="o", markersize=5 if ours else 4, label=family, **style)
-        axes.set(title=f"{steps} steps", xlabel="share of passes", ylabel="mean PSNR to the uncached picture (dB)")
-        axes.set_xlim(0.2, 0.8)
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    ours = {"computed_steps of 30": "crimson", "computed_steps of 100": "darkorange"}
+    ours |= {"tolerance of 30": "deeppink", "tolerance of 100": "gold"}
+    for axes, name in zip(figure.subplots(1, 2), ("uncached", "converged")):
+        for method in dict.fromkeys(r["method"] for r in rows if "uncached" not in r["method"]):
+            if name == "uncached" and method.endswith("of 100"):
+                continue
+            points = sorted((r["passes"], r[name]) for r in rows if r["method"] == method)
+            style = {"color": ours[method], "linewidth": 2.5, "zorder": 5} if method in ours else {"linewidth": 1}
+            axes.plot(*zip(*points), marker="o", markersize=4, label=method, **style)
+        if name == "converged":
+            for r in (r for r in rows if "uncached" in r["method"]):
+                axes.axhline(r[name], color="gray", linestyle=":")
+                axes.annotate(f"{r['setting']}, uncached", (20.5, r[name]), fontsize=7, ha="right", va="bottom")
+        title = "the uncached image of 30 steps" if name == "uncached" else "the converged image"
+        axes.set(title=f"shift {shift:g}: PSNR to {title}", xlabel="passes", ylabel="mean PSNR (dB)", xlim=(7, 21))
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+        axes.legend(fontsize=7)
     figure.savefig(path, dpi=110, format="png")
 
 
+@torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=script.BUNDLED_MODEL, help="folder of a Lumina2Pipeline")
-    parser.add_argument("--prompts", type=Path, help="a prompt a line; default: the first names of its emoji.txt")
-    parser.add_argument("--count", type=int, default=24, help="how many of the prompts")
-    parser.add_argument("--steps", type=int, nargs="+", default=[30, 50])
-    parser.add_argument("--guidance-scale", type=float, default=script.GUIDANCE_SCALE)
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument(
-        "--only", nargs="+", default=[""], metavar="WORD", help="ways whose name has one of these words"
+        "--model", type=Path, default=teacache_lumina2.BUNDLED_MODEL, help="folder of a Lumina2Pipeline"
     )
-    parser.add_argument("--output", type=Path, default="lumina2_peers.png")
+    parser.add_argument(
+        "--prompts", type=Path, help="one prompt per line; default: names in the emoji.txt of the model"
+    )
+    parser.add_argument("--count", type=int, default=24, help="how many of the prompts")
+    parser.add_argument("--shifts", type=float, nargs="+", help="default: of the model, 1 and 6")
+    parser.add_argument("--guidance-scale", type=float, default=teacache_lumina2.GUIDANCE_SCALE)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--output", type=Path, default=Path("lumina2_peers.png"))
     args = parser.parse_args()
-    if min(args.steps) < 8:
-        parser.error("--steps: at least 8, of which a quarter are the first and the last")
-    if not args.prompts and not (args.model / "emoji.txt").is_file():
-        parser.error("give --prompts, a text file with a prompt a line")
-
     if args.prompts:
         prompts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     else:
-        names = (args.model / "emoji.txt").read_text(encoding="utf-8").splitlines()
-        prompts = [line.split("\t")[1] for line in names if "\t" in line]
-        prompts = prompts[:: max(len(prompts) // args.count, 1)]
-    prompts = prompts[: args.count]
+        lines = (args.model / "emoji.txt").read_text(encoding="utf-8").splitlines()
+        prompts = [line.split("\t")[1] for line in lines if "\t" in line]
+    prompts = prompts[:: max(len(prompts) // args.count, 1)][: args.count]
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    pipeline = Lumina2Pipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype)).to(
-        "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = Lumina2Pipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    own_shift = pipeline.scheduler.config.shift
+    lab = Lab(pipeline, prompts, args.guidance_scale, args.seed)
+    converged, results = lab.euler(CONVERGED, 3.0), {}
+    for shift in args.shifts or dict.fromkeys([own_shift, 1.0, 6.0]):
+        results[shift] = measure(lab, shift, lab.euler(STEPS, shift), converged)
+        print(f"\nShift {shift:g}, {len(prompts)} prompts, guidance {args.guidance_scale:g}\n\n{table(results[shift])}")
+    plot(results[max(results)], max(results), args.output)
+    machine = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
     )
-    pipeline.set_progress_bar_config(disable=True)
-    runner = Runner(pipeline, args.guidance_scale)
-    results = {}
-    for steps in args.steps:
-        schedules, rows = measure(runner, args.model, prompts, steps, args.seed, args.only)
-        results[steps] = rows
-        print(f"\n{steps} steps, {len(prompts)} prompts\n\n{table(rows)}\n")
-        if args.only == [""]:
-            print(targets(rows, steps))
-        for speedup, schedule in schedules.items():
-            print(f"speedup {speedup:g} computes {' '.join(str(i) for i, c in enumerate(schedule) if c)}", flush=True)
-    plot(results, args.output)
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    if importlib.util.find_spec("cache_dit"):
-        from importlib.metadata import version
-
-        versions["cache-dit"] = version("cache-dit")
-    about = {"machine": machine, "cores": os.cpu_count(), **versions, "model": args.model.name, "seed": args.seed}
-    print(json.dumps({**about, "prompts": prompts, "results": results}))
+    about = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__, "prompts": prompts}
+    print(json.dumps({**about, "guidance": args.guidance_scale, "seed": args.seed, "results": results}))
 
 
 if __name__ == "__main__":

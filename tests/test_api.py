@@ -1,0 +1,181 @@
+"""How both scripts are switched on and off in other people's code."""
+
+import inspect
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import LUMINA2, ROOT, equal, tensors_in
+
+THRESH = dict(rel_l1_thresh=0.1)
+
+
+def test_apply_touches_one_instance_and_remove_leaves_nothing(machine):
+    model, other, job = machine.model(), machine.model(1), machine.job()
+    before, forward = set(vars(model)), machine.cls.forward
+    stock = machine.denoise(model, job)
+    assert machine.apply(model, **THRESH) is model
+    assert machine.cls.forward is forward and "forward" not in vars(other)
+    with pytest.raises(ZeroDivisionError):
+        machine.denoise(model, job, before=lambda step, branch, count: 1 / (5 - step))
+    assert tensors_in(model.teacache), "an interrupted generation holds its cache..."
+    assert machine.script.remove_teacache(model) is model
+    assert set(vars(model)) == before, "...and remove_teacache lets it go"
+    assert equal(machine.denoise(model, job), stock)
+    before = set(vars(other))
+    assert set(vars(machine.script.remove_teacache(other))) == before, "also what was never applied"
+
+
+def test_applied_again_the_new_settings_hold(machine):
+    model, job = machine.model(), machine.job()
+    machine.apply(model, computed_steps=3)
+    machine.denoise(model, job)
+    assert sum(model.teacache.schedule) == 3
+    machine.apply(model, rel_l1_thresh=1e9)
+    assert "teacache" not in vars(model) and model.computed_steps is None
+    machine.denoise(model, job)
+    assert sum(model.teacache.schedule) == 2
+
+
+@pytest.fixture
+def patched_class(machine, monkeypatch):
+    """The original way of TeaCache, with all the attributes that existing code sets."""
+    monkeypatch.setattr(machine.cls, "forward", machine.script.teacache_forward)
+    settings = dict(enable_teacache=True, num_steps=8, rel_l1_thresh=0.1, coefficients=[1.0, 0.0])
+    old = dict(cnt=0, accumulated_rel_l1_distance=0, previous_modulated_input=None, previous_residual=None)
+    for name, value in (settings | old).items():
+        monkeypatch.setattr(machine.cls, name, value, raising=False)
+    return machine.cls
+
+
+def test_the_way_of_class_attributes(machine, patched_class, monkeypatch):
+    """As the instance way, image after image; the old attributes are not touched; two models do not mix."""
+    model, other, jobs = machine.model(), machine.model(1), (machine.job(), machine.job(1))
+    for each in (0, 1, 0):
+        expected = machine.oracle((model, other)[each], jobs[each], **THRESH)
+        assert equal(machine.denoise((model, other)[each], jobs[each]), expected[:2])
+        assert (model, other)[each].teacache.schedule == expected[2] and False in expected[2]
+    assert patched_class.cnt == 0 and patched_class.previous_residual is None
+    assert patched_class.previous_modulated_input is None and patched_class.accumulated_rel_l1_distance == 0
+    monkeypatch.setattr(patched_class, "enable_teacache", False)
+    assert equal(machine.denoise(model, jobs[0]), machine.denoise(machine.stock(model), jobs[0]))
+
+
+def test_class_attributes_and_constants(machine, patched_class, monkeypatch):
+    """The defaults are the constants; a budget may be an attribute too, and goes before a threshold."""
+    model, job = machine.model(), machine.job()
+    machine.denoise(model, job)
+    assert model.teacache.schedule == machine.oracle(model, job, **THRESH)[2]
+    monkeypatch.setitem(machine.script.DEFAULTS, "computed_steps", 3)
+    machine.denoise(model, job)
+    assert sum(model.teacache.schedule) == 3
+    monkeypatch.setattr(patched_class, "computed_steps", 5, raising=False)
+    machine.denoise(model, job)
+    assert sum(model.teacache.schedule) == 5
+
+
+@pytest.mark.parametrize("hook_first", [True, False])
+def test_inside_offloading_hooks(machine, hook_first):
+    """accelerate replaces `forward` on the instance; both orders work, and removing either leaves the other."""
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Count(hooks.ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    model, job, hook, n = machine.model(), machine.job(), Count(), 8 * machine.passes
+    stock, expected = machine.denoise(model, job), machine.oracle(model, job, **THRESH)[:2]
+    steps = [lambda: hooks.add_hook_to_module(model, hook)]
+    steps.insert(1 if hook_first else 0, lambda: machine.apply(model, **THRESH))
+    for step in steps:
+        step()
+    assert equal(machine.denoise(model, job), expected) and hook.calls == n
+    machine.apply(model, **THRESH)
+    assert equal(machine.denoise(model, job), expected) and hook.calls == 2 * n, "applied again"
+    machine.script.remove_teacache(model)
+    assert equal(machine.denoise(model, job), stock) and hook.calls == 3 * n
+    hooks.remove_hook_from_module(model)
+    assert equal(machine.denoise(model, job), stock) and hook.calls == 3 * n
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        *[(dict(num_steps=n), "whole number of at least 1") for n in (0, -3, 2.5, math.inf, math.nan)],
+        *[(dict(rel_l1_thresh=t), "numbers of at least 0") for t in (-0.1, math.nan, math.inf)],
+        *[(dict(tolerance=t), "numbers of at least 0") for t in (-0.1, math.nan, math.inf)],
+        *[(dict(num_steps=8, computed_steps=k), "must be 2 to 8") for k in (-1, 0, 1, 9, 2.5, math.nan)],
+        (dict(num_steps=1, computed_steps=2), "must be 2 to 1"),
+        (dict(rel_l1_thresh=0.1, computed_steps=4), "only one of"),
+        (dict(tolerance=0.1, computed_steps=4), "only one of"),
+        (dict(rel_l1_thresh=0.0, tolerance=0.0), "only one of"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_work(machine, settings, says):
+    model = machine.model()
+    before = set(vars(model))
+    with pytest.raises(ValueError, match=says) as error:
+        machine.script.apply_teacache(model, **settings)
+    assert "\n" not in str(error.value) and set(vars(model)) == before, "one line, and the model is as it was"
+
+
+def test_the_pipeline_in_place_of_its_model(machine):
+    with pytest.raises(ValueError, match="give pipeline.transformer or pipeline.diffusion_net, not a object"):
+        machine.script.apply_teacache(object())
+
+
+def test_defaults_and_what_is_positional(machine, monkeypatch):
+    """The constants, which users edit; one computed step of one is possible; computed_steps goes by name."""
+    script, model = machine.script, machine.model()
+    names = ["model", "num_steps", "rel_l1_thresh", "coefficients", "order"]
+    kinds = {p.name: p.kind for p in inspect.signature(script.apply_teacache).parameters.values()}
+    assert [n for n, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == names
+    assert kinds["computed_steps"] is kinds["tolerance"] is inspect.Parameter.KEYWORD_ONLY
+
+    def values(*args, **kwargs):
+        model = script.apply_teacache(machine.model(), *args, **kwargs)
+        return [vars(model).get(name) for name in script.DEFAULTS]
+
+    n, coefficients = script.NUM_INFERENCE_STEPS, script.COEFFICIENTS
+    assert values() == [True, n, None, coefficients, 0, None, None]
+    assert values(9, 0.2, [1.0], 1) == [True, 9, 0.2, [1.0], 1, None, None]
+    assert values(1, computed_steps=1) == [True, 1, None, coefficients, 0, 1, None]
+    assert values(9, tolerance=0.1) == [True, 9, None, coefficients, 0, None, 0.1]
+    monkeypatch.setitem(script.DEFAULTS, "computed_steps", 4)
+    assert values(8, 0.3)[-2] is None and values(8, computed_steps=5)[-2] == 5
+    machine.denoise(script.apply_teacache(model, 8), machine.job())
+    assert sum(model.teacache.schedule) == 4
+
+
+def test_import_does_nothing(tmp_path):
+    """Neither to the libraries nor to torch's settings, and nothing is printed or written."""
+    scripts = ["TeaCache4LuminaT2X.teacache_lumina2"] * LUMINA2 + ["TeaCache4Memo.teacache_memo"]
+    code = f"""
+import sys, torch, diffusers, warnings, types
+stand_ins = {{name: types.ModuleType(name) for name in ("xformers", "xformers.ops")}}
+sys.modules.update(stand_ins)
+import memo.models.unet_3d as unet
+for name in stand_ins: del sys.modules[name]
+classes = [unet.UNet3DConditionModel, getattr(diffusers, "Lumina2Transformer2DModel", object)]
+def world():
+    return ([dict(vars(c)) for c in classes], list(sys.path), torch.is_grad_enabled(), torch.get_num_threads(),
+            torch.get_default_dtype(), torch.initial_seed(), torch.get_rng_state().sum().item(), warnings.filters[:],
+            torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled())
+before, loaded = world(), set(sys.modules)
+import {", ".join(scripts)}
+after = world()
+assert not [(a, b) for a, b in zip(before, after) if a != b]
+assert not {{"flash_attn", "xformers", "peft"}} & (set(sys.modules) - loaded)
+print("clean")
+"""
+    path = [str(ROOT), *[p for p in sys.path if os.path.isdir(os.path.join(p, "memo"))]]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert run.stdout == "clean\n", run.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,109 @@
+"""compare_lumina2.py: columns, strip, table, JSON line."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from conftest import BUNDLED
+from PIL import Image
+
+from TeaCache4LuminaT2X import compare_lumina2, teacache_lumina2
+from TeaCache4LuminaT2X.compare_lumina2 import caption, main, parse_args, psnr, strip
+
+FAST = ["--model", str(BUNDLED), "--num-inference-steps", "4"]
+
+
+def test_columns():
+    """The original first, once; then thresholds, then budgets, of more steps where that is asked for."""
+
+    def columns(*flags):
+        found = parse_args(["--model", str(BUNDLED), *flags]).columns
+        return [(c["rel_l1_thresh"], c["computed_steps"], c["num_inference_steps"]) for c in found]
+
+    default = [(t, None, 30) for t in (0.0, 0.1, 0.2, 0.3)]
+    assert columns() == [*default, (None, 15, 30), (None, 10, 30)]
+    some = columns("--rel-l1-thresh", "0.2", "0", "0.2", "--computed-steps", "15", "15/100")
+    assert some == [(0.0, None, 30), (0.2, None, 30), (None, 15, 30), (None, 15, 100)]
+    assert columns("--rel-l1-thresh", "--computed-steps") == [(0.0, None, 30)]
+
+
+@pytest.mark.parametrize("words", ["0", "31", "15/10", "15/", "/100", "-3", "x", "15/10/5", "2.5"])
+def test_no_budget(words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse_args(["--model", str(BUNDLED), f"--computed-steps={words}"])
+    captured = capsys.readouterr()
+    assert exit.value.code == 2 and captured.err.count("\n") == 1
+
+
+def test_psnr():
+    a = np.random.default_rng(0).integers(0, 255, (40, 52, 3), dtype=np.uint8)
+    b = a + np.uint8(1)
+    images = Image.fromarray(a), Image.fromarray(b)
+    assert psnr(*images) == pytest.approx(20 * math.log10(255)) and psnr(images[0], images[0]) == math.inf
+
+
+def entry(**more):
+    plain = {"prompt": "fox", "rel_l1_thresh": None, "computed_steps": 15, "num_inference_steps": 30, "seconds": 1.0}
+    return plain | {"computed": 15, "speedup": 2.0, "psnr": 31.25} | more
+
+
+def test_captions():
+    assert caption(entry()) == ("15 of 30 steps", "1.00 s, 2.00x", "15 computed", "PSNR 31.2 dB")
+    assert caption(entry(rel_l1_thresh=0.2))[0] == "threshold 0.2"
+    assert caption(entry(rel_l1_thresh=0.0, psnr=math.inf))[::3] == ("original", "")
+    assert caption(entry(rel_l1_thresh=0.1, psnr=math.inf))[3] == "PSNR inf dB"
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 64), (200, 320)])
+def test_strip(size):
+    """Each picture, enlarged if it is small, at its place, and text above and below."""
+    rows = [
+        [(Image.new("RGB", size, colour), entry(prompt="fox\n" * 300)) for colour in row]
+        for row in (("red", "green"), ("blue", "yellow"))
+    ]
+    page = strip(rows)
+    pixels, wide, high = np.asarray(page).astype(int), page.width // 2, page.height // 2
+    for r, row in enumerate(rows):
+        for c, (image, _) in enumerate(row):
+            cell, colour = pixels[r * high : (r + 1) * high, c * wide : (c + 1) * wide], image.getpixel((0, 0))
+            ys, xs = np.nonzero((cell == colour).all(-1))
+            assert np.ptp(xs) + 1 == max(size[0], 192)
+            assert np.ptp(ys) + 1 == round(size[1] * max(size[0], 192) / size[0])
+            assert (cell[ys.max() + 1 :] < 100).all(-1).any(), "text below"
+
+
+def test_command(tmp_path, capsys, monkeypatch):
+    """The original is the plain pipeline's picture; figures of strip, table and JSON line are the same."""
+    drawn, draw_strip = [], compare_lumina2.strip
+    monkeypatch.setattr(compare_lumina2, "strip", lambda rows: drawn.extend(rows) or draw_strip(rows))
+    flags = ["--prompt", "red apple", "fox", "--rel-l1-thresh", "1e-9", "--computed-steps", "2", "3/5"]
+    main([*FAST, *flags, "--output", str(tmp_path / "strip.png")])
+    saved, *lines, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
+    runs = result["runs"]
+    assert saved == f"saved {tmp_path / 'strip.png'}"
+    assert [r["prompt"] for r in runs] == ["red apple"] * 4 + ["fox"] * 4
+    assert [r["computed"] for r in runs] == [4, runs[1]["computed"], 2, 3] + [4, runs[5]["computed"], 2, 3]
+    assert [r["num_inference_steps"] for r in runs] == [4, 4, 4, 5] * 2
+    assert runs[0]["psnr"] is None and all(0 < r["psnr"] < 60 for r in (*runs[2:4], *runs[6:]))
+    for row in (runs[:4], runs[4:]):
+        assert [r["speedup"] for r in row] == pytest.approx([row[0]["seconds"] / r["seconds"] for r in row])
+    assert result["seed"] == teacache_lumina2.SEED
+    assert {"model", "dtype", "machine", "torch", "diffusers", "guidance_scale"} <= result.keys()
+
+    table = [re.split(r" *\| *", line)[1:-1] for line in lines if line.startswith("|")][2:]
+    assert len(table) == 8
+    for cells, r in zip(table, runs):
+        assert cells[0] == r["prompt"] and cells[2:4] == [f"{r['seconds']:.2f} s", f"{r['speedup']:.2f}x"]
+        assert cells[4] == f"{r['computed']} computed"
+        assert r["rel_l1_thresh"] != 0.0 or cells[1::4] == ["original", ""]
+        assert r["rel_l1_thresh"] is not None or cells[5] == f"{r['psnr']:.1f} dB"
+    assert [cells[1] for cells in table[:4]] == ["original", "threshold 1e-09", "2 of 4 steps", "3 of 5 steps"]
+    with Image.open(tmp_path / "strip.png") as page:
+        assert page.width > 4 * 192 and page.height > 2 * 192
+
+    teacache_lumina2.main([*FAST, "--prompt", "fox", "--rel-l1-thresh", "0", "--output", str(tmp_path / "alone.png")])
+    with Image.open(tmp_path / "alone.png") as alone:
+        assert np.array_equal(np.asarray(alone), np.asarray(drawn[1][0][0]))

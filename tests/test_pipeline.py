@@ -1,0 +1,145 @@
+"""The bundled pipeline: its modes with TeaCache, and that it is what it says."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import BUNDLED, ROOT, tensors_in
+from safetensors import safe_open
+
+from TeaCache4LuminaT2X import teacache_lumina2
+from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache, remove_teacache
+
+WAYS = [dict(rel_l1_thresh=0.3, coefficients=[1.0, 0.0]), dict(computed_steps=3)]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        dict(prompt="red apple"),
+        dict(prompt="red apple", guidance_scale=1.0),
+        dict(prompt="red apple", negative_prompt="green apple", cfg_trunc_ratio=0.5),
+        dict(prompt=["red apple", "smiling face with sunglasses"], height=64, width=64),
+        dict(prompt="fox", height=64, width=96),
+    ],
+    ids=str,
+)
+def test_modes(pipeline, kwargs):
+    """Threshold 0 is the plain pipeline bit for bit; after another image, the same again."""
+    model, steps = pipeline.transformer, 5
+
+    def draw(seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        return pipeline(**kwargs, num_inference_steps=steps, generator=generator, output_type="latent").images
+
+    try:
+        stock = draw()
+        apply_teacache(model, steps, 0)
+        assert torch.equal(draw(), stock)
+        for way in WAYS:
+            apply_teacache(model, steps, **way)
+            first, schedule = draw(), model.teacache.schedule
+            assert len(schedule) == steps and schedule[0] and schedule[-1] and False in schedule
+            assert sum(schedule) == way.get("computed_steps", sum(schedule))
+            assert not torch.equal(first, stock) and tensors_in(model.teacache) == []
+            draw(seed=1)
+            assert torch.equal(draw(), first)
+    finally:
+        remove_teacache(model)
+
+
+def test_a_prompt_replaced_by_the_callback(pipeline):
+    """The step is computed with the new one; without a replacement the callback changes nothing."""
+    model, (other, *_) = pipeline.transformer, pipeline.encode_prompt("green apple", False)
+
+    def draw(replace):
+        def callback(pipe, step, timestep, given):
+            return given | ({"prompt_embeds": other} if replace and step == 3 else {})
+
+        more = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        generator = torch.Generator().manual_seed(0)
+        settings = {"num_inference_steps": 8, "guidance_scale": 1.0, "output_type": "latent", "generator": generator}
+        return pipeline("blue apple", **settings, **more).images, model.teacache.schedule
+
+    try:
+        apply_teacache(model, 8, 1e9, [1.0, 0.0])
+        (plain, schedule), (replaced, again) = draw(False), draw(True)
+    finally:
+        remove_teacache(model)
+    assert schedule == [True] + [False] * 6 + [True]
+    assert again == [True, False, False, False, True, False, False, True] and not torch.equal(plain, replaced)
+
+
+# --- what is shipped -----------------------------------------------------------------------
+
+
+def read(*path):
+    return ROOT.joinpath(*path).read_text(encoding="utf-8")
+
+
+def test_the_bundled_model_is_what_it_says(pipeline):
+    transformer, vae = (json.loads(read(BUNDLED / part / "config.json")) for part in ("transformer", "vae"))
+    assert transformer["num_layers"] >= 12 and vae["latent_channels"] == transformer["in_channels"] == 16
+    assert vae["sample_size"] == 8 * transformer["sample_size"] == 128
+    assert sum(f.stat().st_size for f in BUNDLED.rglob("*.*") if f.is_file()) <= 40e6
+    for file in BUNDLED.rglob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            tensors = [weights.get_tensor(name) for name in weights.keys()]  # noqa: SIM118
+        assert all(t.dtype == torch.float16 and t.isfinite().all() for t in tensors)
+    # transformers 4 and 5 know this class; no private keys, where libraries write the path they loaded from
+    assert json.loads(read(BUNDLED / "model_index.json"))["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]
+    for file in BUNDLED.rglob("*config*.json"):
+        private = {key for key in json.loads(read(file)) if key.startswith("_")}
+        assert private <= {"_class_name", "_diffusers_version"}, file
+    assert {p.dtype for p in pipeline.transformer.parameters()} == {torch.float32}
+    sent = f"{pipeline.system_prompt} <Prompt Start> a Red apple!"
+    tokens = pipeline.tokenizer.convert_ids_to_tokens(pipeline.tokenizer(sent).input_ids)
+    assert tokens == ["<bos>", "a", "red", "apple"], "the system prompt is folded"
+
+
+COLOURS = {"red circle": (210, 60, 60), "green circle": (70, 190, 110), "blue circle": (60, 120, 220)}
+
+
+@pytest.mark.parametrize("way", [dict(rel_l1_thresh=0), dict(computed_steps=5)], ids=str)
+def test_it_draws_what_it_is_told(pipeline, way):
+    """The middle of the picture has the colour of the prompt, the corners are white; with TeaCache too."""
+    apply_teacache(pipeline.transformer, 8, **way)
+    try:
+        images = pipeline(list(COLOURS), num_inference_steps=8, generator=torch.Generator().manual_seed(0)).images
+    finally:
+        remove_teacache(pipeline.transformer)
+    for prompt, image in zip(COLOURS, images):
+        image = np.asarray(image).astype(float)
+        middle = image[48:80, 48:80].mean(axis=(0, 1))
+        distance = {name: np.abs(middle - colour).sum() for name, colour in COLOURS.items()}
+        assert min(distance, key=distance.get) == prompt
+        assert image[:6, :6].mean() > 240 and image[-6:, -6:].mean() > 240
+
+
+def test_constants_are_the_published_ones():
+    v1 = [393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344]
+    v2 = [225.7042019806413, -608.8453716535591, 304.1869942338369, 124.21267720116742, -1.4089066892956552]
+    assert teacache_lumina2.COEFFICIENTS == teacache_lumina2.COEFFICIENTS_V1 == v1
+    assert teacache_lumina2.COEFFICIENTS_V2 == v2 and teacache_lumina2.ORDER == 0
+    assert teacache_lumina2.REL_L1_THRESH == 0.3 and teacache_lumina2.NUM_INFERENCE_STEPS == 30
+    assert teacache_lumina2.COMPUTED_STEPS is None
+
+
+def test_no_machine_in_tracked_files():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    pattern = re.compile(r"/(root|home|tmp|work|Users)/\w")
+    for name in listed.stdout.split():
+        if name.endswith((".py", ".md", ".json", ".toml", ".txt")) and (ROOT / name).is_file():
+            assert name == "tests/test_pipeline.py" or not pattern.search(read(name)), name
+
+
+def test_ruff():
+    pytest.importorskip("ruff")
+    run = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
