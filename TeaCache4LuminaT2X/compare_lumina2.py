@@ -1,7 +1,7 @@
 """Compare TeaCache settings for Lumina-Image-2.0: one strip of images, a Markdown table and a JSON line.
 
-    python compare_lumina2.py                                                  # 0.1, 0.2, 0.3, 15 and 10 computed steps
-    python compare_lumina2.py --rel-l1-thresh 0.3 --computed-steps 15 15/100   # 15/100: 15 of 100 steps
+    python compare_lumina2.py                                   # 0.1, 0.2, 0.3, 15 and 10 of 30 steps, 15 of 100
+    python compare_lumina2.py --rel-l1-thresh 0.3 --computed-steps 15 15/100 --tolerance 0.003
 
 Each image is compared with the original, which is not cached. Takes the flags of teacache_lumina2.py as well.
 """
@@ -23,6 +23,8 @@ if __package__:
 else:
     import teacache_lumina2
 
+BUDGETS = [(15, None), (10, None), (15, 100)]  # (computed steps, all steps; None: --num-inference-steps)
+
 
 def budget(text):
     """(computed steps, all steps) of "15/100", (computed steps, None) of "15"."""
@@ -40,7 +42,7 @@ def parse_args(argv=None):
         add("--prompt", nargs="+", dest="prompts", default=[teacache_lumina2.PROMPT], help="one row of images each")
         add("--rel-l1-thresh", nargs="*", type=float, dest="thresholds", default=thresholds, metavar="T")
         add("--tolerance", nargs="*", type=float, dest="tolerances", default=[], metavar="T")
-        add("--computed-steps", nargs="*", type=budget, dest="budgets", default=[(15, None), (10, None)], metavar="K")
+        add("--computed-steps", nargs="*", type=budget, dest="budgets", default=BUDGETS, metavar="K")
         add("--output", type=Path, default=Path("teacache_lumina2_compare.png"))
         parser.set_defaults(prompt=None, rel_l1_thresh=None, computed_steps=None, tolerance=None, parser=parser)
 

@@ -157,15 +157,15 @@ def test_import_does_nothing(tmp_path):
     """Neither to the libraries nor to torch's settings, and nothing is printed or written."""
     scripts = ["TeaCache4LuminaT2X.teacache_lumina2"] * LUMINA2 + ["TeaCache4Memo.teacache_memo"]
     code = f"""
-import sys, torch, diffusers, warnings, types
+import sys, torch, diffusers, types
 stand_ins = {{name: types.ModuleType(name) for name in ("xformers", "xformers.ops")}}
 sys.modules.update(stand_ins)
-import memo.models.unet_3d as unet
+import memo.models.unet_3d as unet, memo.pipelines.video_pipeline, memo.models.audio_proj, memo.models.image_proj
 for name in stand_ins: del sys.modules[name]
 classes = [unet.UNet3DConditionModel, getattr(diffusers, "Lumina2Transformer2DModel", object)]
 def world():
     return ([dict(vars(c)) for c in classes], list(sys.path), torch.is_grad_enabled(), torch.get_num_threads(),
-            torch.get_default_dtype(), torch.initial_seed(), torch.get_rng_state().sum().item(), warnings.filters[:],
+            torch.get_default_dtype(), torch.initial_seed(), torch.get_rng_state().sum().item(),
             torch.backends.cuda.matmul.allow_tf32, torch.are_deterministic_algorithms_enabled())
 before, loaded = world(), set(sys.modules)
 import {", ".join(scripts)}

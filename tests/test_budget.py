@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -19,7 +20,7 @@ def choose(machine, times, budget, forced=()):
 
 def scheduler_times(steps, shift):
     scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist())
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
     return [1 - t.item() / 1000 for t in scheduler.timesteps]
 
 
