@@ -84,10 +84,7 @@ class Branch:
 
 
 class TeaCacheState:
-    """The running generation of one model: its steps, their schedule, and the cache of each branch.
-
-    A new generation starts when the timestep goes backwards or the conditioning changes; nothing of the last one stays.
-    """
+    """The running generation of a model. A new one starts when the timestep goes back or the conditioning changes."""
 
     def __init__(self):
         self.step, self.timestep, self.last_step = -1, -math.inf, False
@@ -123,12 +120,9 @@ class TeaCacheState:
         return branch
 
     def decide(self, branch, modulated_input=None, force=False):
-        """Whether this call runs the blocks; None: a threshold needs the `modulated_input` first.
-
-        The first call of a step decides for all branches; `force`, or a branch with nothing cached, computes.
-        """
+        """Whether this call runs the blocks; None: a threshold needs the `modulated_input` first."""
         needed = force or not self.caching or (not branch.history if self.order else branch.residual is None)
-        if self.compute is None or self.step == 0:  # a generation may begin where the last one was interrupted
+        if self.compute is None or self.step == 0:  # in step 0 an interrupted generation may begin again
             if self.caching and self.computed_steps is not None:
                 needed = needed or is_due(self.timesteps, self.schedule, self.num_steps, self.computed_steps)
             elif self.caching:
@@ -163,12 +157,9 @@ def relative_l1(new, old):
 
 
 def is_due(timesteps, schedule, num_steps, budget):
-    """Whether the step at timesteps[-1] is computed, so that exactly `budget` of `num_steps` are.
-
-    The rest of the budget is spread evenly over the rest of the trajectory, the mean of step index and timestep.
-    """
-    start = timesteps[0]
-    position = [(i / num_steps + (t - start) / ((1 - start) or 1.0)) / 2 for i, t in enumerate(timesteps)]  # 0 to 1
+    """Whether the step at timesteps[-1] is computed: the rest of `budget` is spread evenly over the rest of the way."""
+    start = timesteps[0]  # position: 0 at the first step and 1 at the end, the mean of step index and timestep
+    position = [(i / num_steps + (t - start) / ((1 - start) or 1.0)) / 2 for i, t in enumerate(timesteps)]
     step = len(timesteps) - 1
     left, steps_left = budget - sum(schedule), num_steps - step
     if step == 0 or left <= 1 or steps_left <= left:

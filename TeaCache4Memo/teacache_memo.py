@@ -22,6 +22,7 @@ from types import MethodType, ModuleType, SimpleNamespace
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.9x fewer passes (20 steps, see README)
@@ -33,6 +34,7 @@ SEED = 42
 CONFIG = "configs/inference.yaml"  # these three are looked for here, then in the folder of memo
 INPUT_IMAGE = "assets/examples/dicaprio.jpg"
 INPUT_AUDIO = "assets/examples/speech.wav"
+BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "memo-emoji"  # a talking emoji, without a CUDA GPU
 MODEL = "memoavatar/memo"  # for load_pipeline; the command line takes model_name_or_path from CONFIG
 COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: the identity, none was fitted for MEMO
 DAMPING = 0.25  # of the extrapolation, see Branch.forecast
@@ -100,10 +102,7 @@ class Branch:
 
 
 class TeaCacheState:
-    """The running generation of one model: its steps, their schedule, and the cache of each branch.
-
-    A new generation starts when the timestep goes backwards or the conditioning changes; nothing of the last one stays.
-    """
+    """The running generation of a model. A new one starts when the timestep goes back or the conditioning changes."""
 
     def __init__(self):
         self.step, self.timestep, self.last_step = -1, -math.inf, False
@@ -139,12 +138,9 @@ class TeaCacheState:
         return branch
 
     def decide(self, branch, modulated_input=None, force=False):
-        """Whether this call runs the blocks; None: a threshold needs the `modulated_input` first.
-
-        The first call of a step decides for all branches; `force`, or a branch with nothing cached, computes.
-        """
+        """Whether this call runs the blocks; None: a threshold needs the `modulated_input` first."""
         needed = force or not self.caching or (not branch.history if self.order else branch.residual is None)
-        if self.compute is None or self.step == 0:  # a generation may begin where the last one was interrupted
+        if self.compute is None or self.step == 0:  # in step 0 an interrupted generation may begin again
             if self.caching and self.computed_steps is not None:
                 needed = needed or is_due(self.timesteps, self.schedule, self.num_steps, self.computed_steps)
             elif self.caching:
@@ -179,12 +175,9 @@ def relative_l1(new, old):
 
 
 def is_due(timesteps, schedule, num_steps, budget):
-    """Whether the step at timesteps[-1] is computed, so that exactly `budget` of `num_steps` are.
-
-    The rest of the budget is spread evenly over the rest of the trajectory, the mean of step index and timestep.
-    """
-    start = timesteps[0]
-    position = [(i / num_steps + (t - start) / ((1 - start) or 1.0)) / 2 for i, t in enumerate(timesteps)]  # 0 to 1
+    """Whether the step at timesteps[-1] is computed: the rest of `budget` is spread evenly over the rest of the way."""
+    start = timesteps[0]  # position: 0 at the first step and 1 at the end, the mean of step index and timestep
+    position = [(i / num_steps + (t - start) / ((1 - start) or 1.0)) / 2 for i, t in enumerate(timesteps)]
     step = len(timesteps) - 1
     left, steps_left = budget - sum(schedule), num_steps - step
     if step == 0 or left <= 1 or steps_left <= left:
@@ -215,7 +208,7 @@ def teacache_forward(
     """`UNet3DConditionModel.forward` (memo, commit a5aee30) with TeaCache: the velocity, shaped like the latents.
 
     Settings are read from the instance or its class, see DEFAULTS; the state is `self.teacache`, on the instance. With
-    gradients, at threshold 0, with `enable_teacache = False` and in a computed step, the stock forward runs.
+    gradients, at threshold 0, if not `enable_teacache`, and in a computed step, the stock forward runs.
     """
     inputs = {**locals(), "return_dict": False}
     if torch.is_grad_enabled() or not getattr(self, "enable_teacache", True):
@@ -233,8 +226,7 @@ def teacache_forward(
     # pre-process
     if compute is None or cache.order == 0:
         features = self.conv_in(2 * sample - 1.0 if self.config.center_input_sample else sample)
-        if mask_cond_fea is not None:
-            features = features + mask_cond_fea  # (batch, block_out_channels[0], frames, height, width)
+        features = features if mask_cond_fea is None else features + mask_cond_fea  # (batch, channels, frames, ...)
 
     # ---- TeaCache: the one departure from stock, whose down, mid and up blocks run at every step ----
     if compute is None:
@@ -314,9 +306,8 @@ def set_memory_processors(diffusion_net):
 
 
 def load_pipeline(model=MODEL, vae="stabilityai/sd-vae-ft-mse", device=None, dtype=torch.bfloat16):
-    """memo's `VideoPipeline` and `AudioProjModel`. Raises ImportError without memo, OSError without a part of a model.
+    """memo's `VideoPipeline` and `AudioProjModel`, in memo's own layout or as `save_pretrained` writes them.
 
-    model: Hub name or folder, in memo's own layout or as `save_pretrained` writes it, with audio_proj beside the parts.
     vae: where `model` has none. dtype: of all but the audio projection, which stays in float32 on the CPU, as in memo.
     """
     memo = import_memo()
@@ -335,6 +326,8 @@ def load_pipeline(model=MODEL, vae="stabilityai/sd-vae-ft-mse", device=None, dty
 
 def prepare(image, audio, config, folder):
     """The inputs of `generate`, by memo's own functions for faces and voices; sound files are written into `folder`."""
+    if (prepared := Path(image).with_suffix(".safetensors")).is_file():  # of the bundled example
+        return SimpleNamespace(**load_file(prepared), sound=audio)
     from huggingface_hub import snapshot_download
     from memo.utils.audio_utils import extract_audio_emotion_labels, preprocess_audio, resample_audio
     from memo.utils.vision_utils import preprocess_image
@@ -400,9 +393,9 @@ def write_video(frames, path, fps, sound):
 def parse_args(argv=None, extend=lambda parser: None):
     """The arguments, checked before anything is loaded. `extend` adds or replaces flags, for other tools."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, conflict_handler="resolve")  # an error is one line
-    parser.add_argument("--config", default=CONFIG, help="memo's configs/inference.yaml, or one like it")
-    parser.add_argument("--input_image", default=INPUT_IMAGE, help="portrait")
-    parser.add_argument("--input_audio", default=INPUT_AUDIO, help="voice")
+    parser.add_argument("--config", help="memo's configs/inference.yaml, or one like it")
+    parser.add_argument("--input_image", help="portrait")
+    parser.add_argument("--input_audio", help="voice")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="for <image>_<audio>.mp4")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--rel_l1_thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
@@ -410,15 +403,21 @@ def parse_args(argv=None, extend=lambda parser: None):
     parser.add_argument("--tolerance", type=float, help="instead: compute where the extrapolation would err more")
     extend(parser)
     args = parser.parse_args(argv)
+    given = args.config or args.input_image or args.input_audio or torch.cuda.is_available()
+    if bundled := not given and BUNDLED.is_dir():
+        print(f"No CUDA GPU: using the bundled talking emoji. For the real MEMO: --config {CONFIG}")
+        args.config, args.input_image = BUNDLED / "config.yaml", BUNDLED / "example.png"
+        args.input_audio = BUNDLED / "example.wav"
     try:
         import memo.models
         from omegaconf import OmegaConf
 
-        for name in ("config", "input_image", "input_audio"):
-            path = Path(getattr(args, name))
+        for name, default in (("config", CONFIG), ("input_image", INPUT_IMAGE), ("input_audio", INPUT_AUDIO)):
+            path = Path(getattr(args, name) or default)
             setattr(args, name, path if path.is_file() else Path(memo.__path__[0]).parent / path)
             getattr(args, name).open("rb").close()
         args.config = OmegaConf.load(args.config)
+        args.config.update({"model_name_or_path": str(BUNDLED)} if bundled else {})
         args.limits = {name: getattr(args, name) for name in ("rel_l1_thresh", "computed_steps", "tolerance")}
         check_settings(args.config.inference_steps, **args.limits)
         args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -433,6 +432,7 @@ def parse_args(argv=None, extend=lambda parser: None):
 def main(argv=None):
     args = parse_args(argv)
     config = args.config
+    warnings.simplefilter("ignore", FutureWarning)  # memo is written for diffusers 0.31
     if args.output.exists():
         sys.exit(f"{args.output} exists: move it, or give another --output_dir")
     with tempfile.TemporaryDirectory() as folder:

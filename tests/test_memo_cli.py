@@ -232,6 +232,7 @@ def test_defaults_lie_in_memos_folder(here, monkeypatch):
     """Files that are not found here; those here come first."""
     clone = here / "clone"
     monkeypatch.setattr(package, "__path__", [str(clone / "memo")])
+    monkeypatch.setattr(teacache_memo, "BUNDLED", here / "none")
     names = {"config": "configs/inference.yaml", "input_image": "assets/examples/dicaprio.jpg"}
     names["input_audio"] = "assets/examples/speech.wav"
     for name, own in zip(names.values(), ("config.yaml", "face.png", "speech.wav")):
@@ -381,7 +382,7 @@ def test_without_memo(tmp_path):
     code = "from TeaCache4Memo import teacache_memo as t; assert t.STOCK_FORWARD is None; t.main([])"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "git clone https://github.com/memoavatar/memo" in done.stderr and "pip install -e memo" in done.stderr
 
 
@@ -436,7 +437,16 @@ def test_compare_beside_a_video(here):
 
 def test_panels_show_the_videos():
     videos = [np.full((2, 8, 10, 3), value, np.uint8) for value in (10, 200)]
-    entry = {"rel_l1_thresh": 0.15, "tolerance": None, "seconds": 1.0, "speedup": 2.0, "computed": 2, "steps": 4, "psnr": 30.0}
+    entry = {
+        "rel_l1_thresh": 0.15,
+        "computed_steps": None,
+        "tolerance": None,
+        "seconds": 1.0,
+        "speedup": 2.0,
+        "computed": 2,
+        "steps": 4,
+        "psnr": 30.0,
+    }
     pages = list(compare_memo.panels(videos, [entry, entry]))
     assert len(pages) == 2 and pages[1].dtype == np.uint8
     for page in pages:

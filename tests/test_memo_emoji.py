@@ -1,0 +1,90 @@
+"""The bundled talking emoji: what lies in its folder, and that it talks (with the real memo)."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from memo_models import REAL
+from safetensors.torch import load_file
+
+from TeaCache4Memo import teacache_memo
+
+FOLDER = ROOT / "assets" / "memo-emoji"
+real = pytest.mark.skipif(not REAL, reason="the real memo is not here: pytest --memo PATH")
+
+
+def test_the_folder_is_complete():
+    index = json.loads((FOLDER / "model_index.json").read_text(encoding="utf-8"))
+    for name in ("diffusion_net", "reference_net", "image_proj", "vae"):
+        assert list((FOLDER / name).glob("*.safetensors")) and name in index
+    assert list((FOLDER / "audio_proj").glob("*.safetensors"))
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*")) < 40e6
+
+
+def test_the_example_has_the_shapes_of_memos_functions():
+    example = load_file(FOLDER / "example.safetensors")
+    shapes = {name: tuple(tensor.shape) for name, tensor in example.items()}
+    assert shapes == {
+        "pixel_values": (1, 3, 96, 96),
+        "face_emb": (1, 512),
+        "audio_emb": (32, 5, 2, 32),
+        "audio_emotion": (32,),
+        "num_emotion_classes": (),
+    }
+    inputs = teacache_memo.prepare(FOLDER / "example.png", FOLDER / "example.wav", None, None)
+    assert torch.equal(inputs.face_emb, example["face_emb"]) and inputs.sound == FOLDER / "example.wav"
+
+
+def test_it_is_the_default_without_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = teacache_memo.parse_args([])
+    assert args.input_image == FOLDER / "example.png" and args.config.model_name_or_path == str(FOLDER)
+    assert "--config configs/inference.yaml" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    """evaluate.py, the loaded pipeline, its config and the held-out voices."""
+    sys.path.insert(0, str(FOLDER))
+    import evaluate
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.load(FOLDER / "config.yaml")
+    config.inference_steps = 10
+    table = load_file(FOLDER / "voices.safetensors")
+    voices = [{name: rows[i] for name, rows in table.items()} for i in range(2)]
+    yield evaluate, teacache_memo.load_pipeline(str(FOLDER), device="cpu", dtype="fp32"), config, voices
+    sys.path.remove(str(FOLDER))
+
+
+@real
+def test_it_talks(emoji):
+    """The mouth follows its own voice, also with half of the steps, and not the other one."""
+    evaluate, parts, config, voices = emoji
+    for settings in ({}, {"computed_steps": 5}):
+        mouths = [
+            evaluate.mouth_opening(evaluate.speak(*parts, config, v, i, **settings)[0]) for i, v in enumerate(voices)
+        ]
+        own = [evaluate.correlation(mouth, v["opening"]) for mouth, v in zip(mouths, voices)]
+        other = [evaluate.correlation(mouth, v["opening"]) for mouth, v in zip(mouths, reversed(voices))]
+        assert min(own) > 0.7 and max(other) < 0.5, (own, other)
+
+
+@real
+def test_threshold_0_is_stock_over_two_clips(emoji):
+    """Bit for bit, with memory and past frames."""
+    evaluate, parts, config, voices = emoji
+    config = config.copy()
+    config.inference_steps = 3
+    voice = {name: value[:32] if name.startswith("audio") else value for name, value in voices[0].items()}
+    found = evaluate.speak(*parts, config, voice, 0, rel_l1_thresh=0)[0]
+    with pytest.MonkeyPatch.context() as patch:
+        plain = type("Plain", (), {"teacache": type("State", (), {"schedule": []})})
+        patch.setattr(
+            teacache_memo, "apply_teacache", lambda model, *args, **kwargs: teacache_memo.remove_teacache(model)
+        )
+        patch.setattr(type(parts[0].diffusion_net), "teacache", plain.teacache, raising=False)
+        expected = evaluate.speak(*parts, config, voice, 0)[0]
+    assert torch.equal(found, expected)
