@@ -247,7 +247,7 @@ def teacache_forward(
     else:
         sample = branch.forecast(cache.timestep)
     # ---- end of the departure ----
-    return sys.modules[type(self).__module__].UNet3DConditionOutput(sample=sample) if return_dict else (sample,)
+    return STOCK_FORWARD.__globals__["UNet3DConditionOutput"](sample=sample) if return_dict else (sample,)
 
 
 def apply_teacache(

@@ -13,6 +13,7 @@ means. Prints a Markdown table per shift and a JSON line, and plots two panels.
 import argparse
 import importlib.util
 import json
+import logging
 import math
 import os
 import platform
@@ -24,7 +25,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from diffusers import Lumina2Pipeline, UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, UniPCMultistepScheduler
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -133,32 +134,31 @@ class Lab:
         return schedule
 
     def cache_dit(self, steps, shift, taylor=False, schedule=None, **settings):
-        """DBCache with 1 block always computed. schedule: steps to compute, instead of a threshold."""
+        """DBCache with 1 block always computed, by the pipeline. schedule: steps to compute, instead of a threshold."""
         import cache_dit
 
         if schedule is not None:
             settings |= {"steps_computation_mask": list(map(int, schedule)), "steps_computation_policy": "static"}
-        calls, images, blocks = 0, [], self.pipeline.transformer.layers
-
-        def count(*_):
-            nonlocal calls
-            calls += 1
-
-        hooks = [block.register_forward_hook(count) for block in blocks]
+        calls, latents, blocks = [], [], self.pipeline.transformer.layers
+        hooks = [block.register_forward_hook(lambda *_: calls.append(1)) for block in blocks]
+        names = "prompt_embeds prompt_attention_mask negative_prompt_embeds negative_prompt_attention_mask".split()
+        self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        blockwise = {"num_inference_steps": steps, "Fn_compute_blocks": 1, "Bn_compute_blocks": 0}
+        calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
         for i in range(len(self.noise)):
-            config = cache_dit.DBCacheConfig(
-                num_inference_steps=steps, Fn_compute_blocks=1, Bn_compute_blocks=0, **settings
-            )
-            calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
+            config = cache_dit.DBCacheConfig(**blockwise, **settings)
             cache_dit.enable_cache(self.pipeline, cache_config=config, calibrator_config=calibrator)
             try:
-                images.append(self.select(i).euler(steps, shift))
+                embeds = {name: x[i : i + 1] for name, x in zip(names, (*self.cond, *self.uncond))}
+                more = {"guidance_scale": self.guidance, "latents": self.noise[i : i + 1].clone()}
+                drawn = self.pipeline(**embeds, **more, num_inference_steps=steps, output_type="latent")
+                latents.append(drawn.images)
             finally:
                 cache_dit.disable_cache(self.pipeline)
         for hook in hooks:
             hook.remove()
-        self.passes = calls / (2 * len(blocks) * len(self.noise))
-        return torch.cat(images)
+        self.passes = len(calls) / (2 * len(blocks) * len(self.noise))
+        return self.images(torch.cat(latents))
 
 
 def sigmas(steps, shift):
@@ -231,24 +231,25 @@ def plot(rows, shift, path):
     """Passes against mean PSNR, one panel for each reference."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(13, 4.6), layout="constrained")
+    methods = [m for m in dict.fromkeys(r["method"] for r in rows) if "uncached" not in m]
+    styles = {m: {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"} for i, m in enumerate(methods)}
     ours = {"computed_steps of 30": "crimson", "computed_steps of 100": "darkorange"}
     ours |= {"tolerance of 30": "deeppink", "tolerance of 100": "gold"}
+    styles |= {m: {"color": color, "linewidth": 3, "zorder": 5} for m, color in ours.items()}
     for axes, name in zip(figure.subplots(1, 2), ("uncached", "converged")):
-        for method in dict.fromkeys(r["method"] for r in rows if "uncached" not in r["method"]):
-            if name == "uncached" and method.endswith("of 100"):
-                continue
+        for method in methods:
             points = sorted((r["passes"], r[name]) for r in rows if r["method"] == method)
-            style = {"color": ours[method], "linewidth": 2.5, "zorder": 5} if method in ours else {"linewidth": 1}
-            axes.plot(*zip(*points), marker="o", markersize=4, label=method, **style)
-        if name == "converged":
-            for r in (r for r in rows if "uncached" in r["method"]):
+            if name == "converged" or not method.endswith("of 100"):
+                axes.plot(*zip(*points), marker="o", markersize=4, label=method, **styles[method])
+        for r in rows if name == "converged" else ():
+            if "uncached" in r["method"]:
                 axes.axhline(r[name], color="gray", linestyle=":")
-                axes.annotate(f"{r['setting']}, uncached", (20.5, r[name]), fontsize=7, ha="right", va="bottom")
+                axes.annotate(f"{r['setting']}, uncached", (27.5, r[name]), fontsize=8, ha="right", va="bottom")
         title = "the uncached image of 30 steps" if name == "uncached" else "the converged image"
-        axes.set(title=f"shift {shift:g}: PSNR to {title}", xlabel="passes", ylabel="mean PSNR (dB)", xlim=(7, 21))
+        axes.set(title=f"shift {shift:g}: PSNR to {title}", xlabel="passes", ylabel="mean PSNR (dB)", xlim=(7, 28))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110, format="png")
 
 
@@ -274,7 +275,9 @@ def main():
         prompts = [line.split("\t")[1] for line in lines if "\t" in line]
     prompts = prompts[:: max(len(prompts) // args.count, 1)][: args.count]
     warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     pipeline = Lumina2Pipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.set_progress_bar_config(disable=True)
     own_shift = pipeline.scheduler.config.shift
     lab = Lab(pipeline, prompts, args.guidance_scale, args.seed)
     converged, results = lab.euler(CONVERGED, 3.0), {}
