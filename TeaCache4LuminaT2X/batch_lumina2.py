@@ -30,7 +30,7 @@ else:
 SETTINGS = (
     "model transformer dtype negative_prompt rel_l1_thresh computed_steps tolerance num_inference_steps height width"
 )
-SETTINGS += " guidance_scale cfg_trunc_ratio"
+SETTINGS += " guidance_scale cfg_trunc_ratio attention"
 
 
 def parse_args(argv=None):
@@ -51,6 +51,7 @@ def parse_args(argv=None):
             raise ValueError(f"{args.prompts} is empty; expected one prompt per line")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         settings = {name: getattr(args, name) for name in SETTINGS.split()}
+        settings["constants"] = {k: v for k, v in teacache_lumina2.DEFAULTS.items() if k != "num_steps"}
         jobs = [{"prompt": prompt, "seed": args.seed + i, **settings} for i, prompt in enumerate(prompts)]
         args.paths = [args.output_dir / name(i, prompt) for i, prompt in enumerate(prompts)]
         args.jobs = [(path, job) for path, job in zip(args.paths, jobs) if not is_done(path, job)]

@@ -90,7 +90,13 @@ def main(argv=None):
     pipeline.set_progress_bar_config(disable=True)
     for i, prompt in enumerate(tqdm(prompts, unit="prompt")):
         with Recorder(pipeline.transformer) as recorder:
-            settings = {"prompt": prompt, "seed": args.seed + i, "rel_l1_thresh": 0.0, "computed_steps": None}
+            settings = {
+                "prompt": prompt,
+                "seed": args.seed + i,
+                "rel_l1_thresh": 0.0,
+                "computed_steps": None,
+                "tolerance": None,
+            }
             teacache_lumina2.generate(pipeline, Namespace(**{**vars(args), **settings}))
         rows += recorder.rows
     _, x, y = zip(*rows)

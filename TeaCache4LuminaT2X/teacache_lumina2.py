@@ -26,7 +26,8 @@ from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_la
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.3  # 0: original | 0.1: 1.05x | 0.2: 1.15x | 0.3: 1.25x  (original authors, 4070 laptop, 1024x1536)
 COMPUTED_STEPS = None  # instead of the threshold: compute exactly so many steps, say 15 of 30
-TOLERANCE = None  # instead of the threshold: compute where the extrapolation would err more than this, say 0.003
+TOLERANCE = None  # instead: compute when the expected error of skipping, summed over time, reaches this, say 0.003
+# The default is TeaCache as published. The other two are better on the bundled model, and untested on the real weights.
 ORDER = 0  # skipped steps under a threshold. 0: add the last residual (TeaCache) | 1: extrapolate the last two outputs
 NUM_INFERENCE_STEPS = 30
 GUIDANCE_SCALE = 4.0
@@ -52,7 +53,7 @@ STOCK_FORWARD = globals().get("STOCK_FORWARD", Lumina2Transformer2DModel.forward
 
 
 class Branch:
-    """The cache of one conditioning. Classifier-free guidance has two branches: prompt and negative prompt."""
+    """The cache of one conditioning. Guidance by two calls has two branches; by one batch, as in MEMO, one."""
 
     def __init__(self, conditioning, layout):
         self.conditioning, self.layout, self.step = conditioning, layout, -1  # step: the last that used this branch
@@ -69,8 +70,8 @@ class Branch:
         )
 
     def remember(self, timestep, output):
-        self.error = relative_l1(self.forecast(timestep), output) if len(self.history) == 2 else None
         earlier = [(t, x) for t, x in self.history if t < timestep]  # a step may be called twice
+        self.error = relative_l1(self.forecast(timestep), output) if len(earlier) == 2 else self.error
         self.history = [*earlier[-1:], (timestep, output.clone())]  # the caller may write into its output
 
     def forecast(self, timestep):
@@ -103,7 +104,7 @@ class TeaCacheState:
             branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
             known = any(b.conditioning[-1] is conditioning[-1] or b.matches(conditioning, layout) for b in branches)
             if timestep < self.timestep or not known:
-                if timestep > self.timestep if self.last_step else self.step >= 0:
+                if (timestep > self.timestep) if self.last_step else self.step >= 0:
                     took = f"a generation took {self.step + 1 + self.last_step} steps or was interrupted"
                     warnings.warn(f"TeaCache: {took}, and num_steps is {self.num_steps}", stacklevel=3)
                 self.__init__()
@@ -114,7 +115,8 @@ class TeaCacheState:
         self.branches = [] if self.last_step else self.branches
         self.caching = not self.last_step and (ahead or self.rel_l1_thresh > 0)
         self.order = self.order if self.caching and not ahead else 1
-        branch = next((b for b in self.branches if b.matches(conditioning, layout)), Branch(conditioning, layout))
+        nearest = sorted(self.branches, key=lambda b: b.conditioning[-1] is not conditioning[-1])  # values come last
+        branch = next((b for b in nearest if b.matches(conditioning, layout)), Branch(conditioning, layout))
         self.branches += [branch] if not self.last_step and branch not in self.branches else []
         branch.step = self.step
         return branch
@@ -230,7 +232,7 @@ def teacache_forward(
     attention_mask = attention_mask if len(set(seq_lengths)) > 1 else None
     hidden_states = joint_hidden_states  # (batch, tokens, hidden_size)
 
-    # ---- TeaCache: the one departure from stock, which runs the layers at every step ----
+    # ---- TeaCache: the departure from stock, which runs the layers at every step ----
     if compute is None:
         compute = cache.decide(branch, modulated_input=self.layers[0].norm1(hidden_states, temb)[0])
     if compute:
@@ -329,7 +331,9 @@ def parse_args(argv=None, extend=lambda parser: None):
     extend(parser)
     args = parser.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if args.model is None and args.device != "cuda" and BUNDLED_MODEL.is_dir():
+    if args.model is None and args.device != "cuda":
+        if not BUNDLED_MODEL.is_dir():
+            parser.error(f"no CUDA GPU for the real model: give --model, {MODEL} or a small one")
         args.model, args.device = str(BUNDLED_MODEL), "cpu"
         print(f"No CUDA GPU: using the bundled emoji model. For the real one: --model {MODEL}")
     args.model = args.model or MODEL

@@ -5,8 +5,7 @@ convolution have barely changed since the last computed step, TeaCache skips the
 again (order 0). With a number of computed steps, or a tolerance, it extrapolates the last two outputs (order 1).
 
     python teacache_memo.py --input_image face.jpg --input_audio speech.wav     # or edit the constants below
-    from TeaCache4Memo.teacache_memo import apply_teacache, load_pipeline  # importing changes nothing
-    pipeline, audio_proj = load_pipeline("memoavatar/memo")
+    from TeaCache4Memo.teacache_memo import apply_teacache  # changes nothing
     apply_teacache(pipeline.diffusion_net, num_steps=20, rel_l1_thresh=0.15)
 """
 
@@ -27,7 +26,7 @@ from safetensors.torch import load_file
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.9x fewer passes (20 steps, see README)
 COMPUTED_STEPS = None  # instead of the threshold: compute exactly so many steps of each clip, say 10 of 20
-TOLERANCE = None  # instead of the threshold: compute where the extrapolation would err more than this, say 0.003
+TOLERANCE = None  # instead: compute when the expected error of skipping, summed over time, reaches this, say 0.003
 ORDER = 0  # skipped steps under a threshold. 0: add the last residual (TeaCache) | 1: extrapolate the last two outputs
 NUM_INFERENCE_STEPS = 20  # for apply_teacache; the command line takes inference_steps from CONFIG
 SEED = 42
@@ -70,7 +69,7 @@ except ImportError:  # memo is not installed
 
 
 class Branch:
-    """The cache of one conditioning. Classifier-free guidance has two branches: prompt and negative prompt."""
+    """The cache of one conditioning. Guidance by two calls has two branches; by one batch, as in MEMO, one."""
 
     def __init__(self, conditioning, layout):
         self.conditioning, self.layout, self.step = conditioning, layout, -1  # step: the last that used this branch
@@ -87,8 +86,8 @@ class Branch:
         )
 
     def remember(self, timestep, output):
-        self.error = relative_l1(self.forecast(timestep), output) if len(self.history) == 2 else None
         earlier = [(t, x) for t, x in self.history if t < timestep]  # a step may be called twice
+        self.error = relative_l1(self.forecast(timestep), output) if len(earlier) == 2 else self.error
         self.history = [*earlier[-1:], (timestep, output.clone())]  # the caller may write into its output
 
     def forecast(self, timestep):
@@ -121,7 +120,7 @@ class TeaCacheState:
             branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
             known = any(b.conditioning[-1] is conditioning[-1] or b.matches(conditioning, layout) for b in branches)
             if timestep < self.timestep or not known:
-                if timestep > self.timestep if self.last_step else self.step >= 0:
+                if (timestep > self.timestep) if self.last_step else self.step >= 0:
                     took = f"a generation took {self.step + 1 + self.last_step} steps or was interrupted"
                     warnings.warn(f"TeaCache: {took}, and num_steps is {self.num_steps}", stacklevel=3)
                 self.__init__()
@@ -132,7 +131,8 @@ class TeaCacheState:
         self.branches = [] if self.last_step else self.branches
         self.caching = not self.last_step and (ahead or self.rel_l1_thresh > 0)
         self.order = self.order if self.caching and not ahead else 1
-        branch = next((b for b in self.branches if b.matches(conditioning, layout)), Branch(conditioning, layout))
+        nearest = sorted(self.branches, key=lambda b: b.conditioning[-1] is not conditioning[-1])  # values come last
+        branch = next((b for b in nearest if b.matches(conditioning, layout)), Branch(conditioning, layout))
         self.branches += [branch] if not self.last_step and branch not in self.branches else []
         branch.step = self.step
         return branch
@@ -228,7 +228,7 @@ def teacache_forward(
         features = self.conv_in(2 * sample - 1.0 if self.config.center_input_sample else sample)
         features = features if mask_cond_fea is None else features + mask_cond_fea  # (batch, channels, frames, ...)
 
-    # ---- TeaCache: the one departure from stock, whose down, mid and up blocks run at every step ----
+    # ---- TeaCache: the departure from stock, whose down, mid and up blocks run at every step ----
     if compute is None:
         compute = cache.decide(branch, modulated_input=features, force=update_past_memory)
     if compute:
@@ -406,8 +406,8 @@ def parse_args(argv=None, extend=lambda parser: None):
     given = args.config or args.input_image or args.input_audio or torch.cuda.is_available()
     if bundled := not given and BUNDLED.is_dir():
         print(f"No CUDA GPU: using the bundled talking emoji. For the real MEMO: --config {CONFIG}")
-        args.config, args.input_image = BUNDLED / "config.yaml", BUNDLED / "example.png"
-        args.input_audio = BUNDLED / "example.wav"
+        files = "config.yaml", "example.png", "example.wav"
+        args.config, args.input_image, args.input_audio = map(BUNDLED.joinpath, files)
     try:
         import memo.models
         from omegaconf import OmegaConf
