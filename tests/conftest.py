@@ -9,6 +9,7 @@ from pathlib import Path
 
 GPUS = {key: value for key, value in os.environ.items() if key == "CUDA_VISIBLE_DEVICES"}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-for-bit figures are the CPU's, also where there is a GPU
+os.environ["OMP_NUM_THREADS"] = "1"  # the same bits in every process; the tests run in parallel instead
 
 import pytest
 import torch

@@ -16,17 +16,19 @@ FAST = ["--model", str(BUNDLED), "--num-inference-steps", "4"]
 
 
 def test_columns():
-    """The original first, once; then thresholds, then budgets, of more steps where that is asked for."""
+    """The original first, once; then thresholds, budgets (of more steps where that is asked for), tolerances."""
 
     def columns(*flags):
         found = parse_args(["--model", str(BUNDLED), *flags]).columns
         return [(c["rel_l1_thresh"], c["computed_steps"], c["num_inference_steps"]) for c in found]
 
     default = [(t, None, 30) for t in (0.0, 0.1, 0.2, 0.3)]
-    assert columns() == [*default, (None, 15, 30), (None, 10, 30)]
+    assert columns() == [*default, (None, 15, 30), (None, 10, 30), (None, 15, 100)]
     some = columns("--rel-l1-thresh", "0.2", "0", "0.2", "--computed-steps", "15", "15/100")
     assert some == [(0.0, None, 30), (0.2, None, 30), (None, 15, 30), (None, 15, 100)]
     assert columns("--rel-l1-thresh", "--computed-steps") == [(0.0, None, 30)]
+    flags = "--rel-l1-thresh", "--computed-steps", "--tolerance", "0.003"
+    assert parse_args(["--model", str(BUNDLED), *flags]).columns[-1]["tolerance"] == 0.003
 
 
 @pytest.mark.parametrize("words", ["0", "31", "15/10", "15/", "/100", "-3", "x", "15/10/5", "2.5"])
@@ -46,12 +48,13 @@ def test_psnr():
 
 def entry(**more):
     plain = {"prompt": "fox", "rel_l1_thresh": None, "computed_steps": 15, "num_inference_steps": 30, "seconds": 1.0}
-    return plain | {"computed": 15, "speedup": 2.0, "psnr": 31.25} | more
+    return plain | {"tolerance": None, "computed": 15, "speedup": 2.0, "psnr": 31.25} | more
 
 
 def test_captions():
     assert caption(entry()) == ("15 of 30 steps", "1.00 s, 2.00x", "15 computed", "PSNR 31.2 dB")
     assert caption(entry(rel_l1_thresh=0.2))[0] == "threshold 0.2"
+    assert caption(entry(tolerance=0.003))[0] == "tolerance 0.003"
     assert caption(entry(rel_l1_thresh=0.0, psnr=math.inf))[::3] == ("original", "")
     assert caption(entry(rel_l1_thresh=0.1, psnr=math.inf))[3] == "PSNR inf dB"
 
