@@ -85,4 +85,27 @@ def test_the_forecast_itself(machine):
     assert branch.forecast(3.0).item() == pytest.approx(3 + 2 * 0.5 / 1.125)
     assert branch.forecast(6.0).item() == pytest.approx(3 + 2 * 2 / 1.5)
     branch.remember(3.0, torch.tensor([4.0]))
+    assert branch.error.item() == pytest.approx((4 - (3 + 2 * 0.5 / 1.125)) / 4)
+    branch.remember(3.0, torch.tensor([4.0]))
+    assert branch.error.item() > 0.02, "the step again is not its own forecast"
     assert [t for t, _ in branch.history] == [2.0, 3.0]
+
+
+def test_expected_error(machine):
+    """By hand: the largest branch error over the square of the gap, the square of the distance, memory and limit."""
+    state = machine.script.TeaCacheState()
+    state.branches = [machine.script.Branch((), ()) for _ in range(2)]
+    state.timesteps, state.schedule, state.timestep = [0.0, 0.1, 0.15], [True, True], 0.15
+    assert state.expected_error() == pytest.approx(0.05 * 60 * 0.05**2), "no error yet: the constant"
+    for branch, error in zip(state.branches, (0.3, 0.9)):
+        branch.error = torch.tensor(error)
+    assert state.expected_error() == pytest.approx(0.05 * (0.9 / 0.1**2) * 0.05**2)
+    for branch in state.branches:
+        branch.error = torch.tensor(0.0)
+    assert state.expected_error() == pytest.approx(0.05 * (0.8 * 90) * 0.05**2), "a luckily small error"
+    state.timesteps, state.schedule, state.timestep = [0.0, 0.1, 0.15, 0.29], [True, True, False], 0.29
+    assert state.expected_error() == pytest.approx(0.14 * (0.8 * 90) * 0.19**2)
+    state.timestep = state.timesteps[-1] = 0.31
+    assert state.expected_error() == math.inf, "too far"
+    state.schedule = [True, False, False]
+    assert state.expected_error() == math.inf, "one computed step is no line"

@@ -141,6 +141,17 @@ def test_with_a_budget_it_runs_no_module_at_all(depth):
     assert skipped == [[]] * 10
 
 
+@pytest.mark.parametrize("way", [dict(computed_steps=3), dict(tolerance=1.0)], ids=str)
+def test_guidance_compares_no_values(way, monkeypatch):
+    """It would wait for the GPU: branches are told apart by identity, values are for tensors that were cast anew."""
+    model, compared = tiny_model(num_layers=1), []
+    apply_teacache(model, 8, **way)
+    equal_values = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(1) or equal_values(a, b))
+    denoise(model, PROMPT, NEGATIVE, steps=8)
+    assert len(compared) <= 2, "once, when the second branch is new"
+
+
 @pytest.mark.parametrize("order", [0, 1])
 def test_with_a_threshold_it_runs_no_block(model, order):
     """Up to the first norm of the first block. With order 1 no norm_out, and in the second pass nothing at all."""
