@@ -27,10 +27,8 @@ if __package__:
 else:
     import teacache_lumina2
 
-SETTINGS = (
-    "model transformer dtype negative_prompt rel_l1_thresh computed_steps tolerance num_inference_steps height width"
-)
-SETTINGS += " guidance_scale cfg_trunc_ratio attention"
+SETTINGS = "model transformer dtype attention negative_prompt rel_l1_thresh computed_steps tolerance".split()
+SETTINGS += "num_inference_steps height width guidance_scale cfg_trunc_ratio".split()
 
 
 def parse_args(argv=None):
@@ -50,7 +48,7 @@ def parse_args(argv=None):
         if not prompts:
             raise ValueError(f"{args.prompts} is empty; expected one prompt per line")
         args.output_dir.mkdir(parents=True, exist_ok=True)
-        settings = {name: getattr(args, name) for name in SETTINGS.split()}
+        settings = {name: getattr(args, name) for name in SETTINGS}
         settings["constants"] = {k: v for k, v in teacache_lumina2.DEFAULTS.items() if k != "num_steps"}
         jobs = [{"prompt": prompt, "seed": args.seed + i, **settings} for i, prompt in enumerate(prompts)]
         args.paths = [args.output_dir / name(i, prompt) for i, prompt in enumerate(prompts)]

@@ -278,6 +278,16 @@ def test_after_an_interruption_in_the_first_step_as_fresh(machine, order):
     as_fresh_after_stopping_at(machine, way, True, range(machine.passes))
 
 
+def test_another_size_after_the_first_step(machine, way):
+    """The same conditioning at the same timestep, for other latents: not the branch that was left behind."""
+    model, other = machine.apply(machine.model(), **way), machine.job(size=(2, 4))
+    expected = machine.denoise(model, other)
+    schedule = model.teacache.schedule
+    machine.apply(model, **way)
+    interrupt(machine, model, machine.job(), machine.passes, inside=False)
+    assert equal(machine.denoise(model, other), expected) and model.teacache.schedule == schedule
+
+
 def test_after_a_generation_of_one_step_as_fresh(machine):
     model = machine.apply(machine.model(), 1, rel_l1_thresh=9.0)
     machine.denoise(model, machine.job(), 1)
