@@ -116,19 +116,19 @@ def main(argv=None):
     args = parse_args(argv)
     rows = compare(args)
     strip(rows).save(args.output)
-    print(
-        f"saved {args.output}\n\n| prompt | setting | seconds | speedup | computed | PSNR |\n|---|---|---|---|---|---|"
-    )
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    image, about = rows[0][0][0], f"{machine}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+    about = f"{Path(args.model).name}, {image.width} x {image.height}, {args.dtype}, {about}"
+    print(f"saved {args.output}\n\n| prompt | setting | seconds | speedup | computed | PSNR | on |\n{'|---' * 7}|")
     for entry in (entry for row in rows for _, entry in row):
         name, cost, computed, quality = caption(entry)
         seconds, speedup = cost.split(", ")
         quality = quality.removeprefix("PSNR ")
-        print(f"| {entry['prompt'][:40]} | {name} | {seconds} | {speedup} | {computed} | {quality} |")
+        print(f"| {entry['prompt'][:40]} | {name} | {seconds} | {speedup} | {computed} | {quality} | {about} |")
         entry["psnr"] = entry["psnr"] if math.isfinite(entry["psnr"]) else None  # JSON has no infinity
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     names = "model transformer dtype height width guidance_scale cfg_trunc_ratio negative_prompt seed".split()
     settings = {name: getattr(args, name) for name in names}
-    versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
     print(json.dumps({**settings, **versions, "runs": [entry for row in rows for _, entry in row]}))
 
 

@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import tempfile
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -111,15 +112,17 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         videos, entries, sound = compare(args, folder)
         teacache_memo.write_video(panels(videos, entries), args.output, args.config.fps, sound)
-    print(f"saved {args.output}\n\n| setting | seconds | speedup | computed | PSNR |\n|---|---|---|---|---|")
-    for entry in entries:
-        name, cost, computed, quality = caption(entry)
-        seconds, speedup = cost.split(", ")
-        print(f"| {name} | {seconds} | {speedup} | {computed} | {quality.removeprefix('PSNR ')} |")
-        entry["psnr"] = entry["psnr"] if math.isfinite(entry["psnr"]) else None  # JSON has no infinity
     gpu = torch.cuda.is_available()
     machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores"
     versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
+    size, about = args.config.resolution, f"{machine}, torch {torch.__version__}, diffusers {diffusers.__version__}"
+    about = f"{Path(args.config.model_name_or_path).name}, {size} x {size}, {args.config.weight_dtype}, {about}"
+    print(f"saved {args.output}\n\n| setting | seconds | speedup | computed | PSNR | on |\n{'|---' * 6}|")
+    for entry in entries:
+        name, cost, computed, quality = caption(entry)
+        seconds, speedup = cost.split(", ")
+        print(f"| {name} | {seconds} | {speedup} | {computed} | {quality.removeprefix('PSNR ')} | {about} |")
+        entry["psnr"] = entry["psnr"] if math.isfinite(entry["psnr"]) else None  # JSON has no infinity
     files = {name: str(getattr(args, name)) for name in ("input_image", "input_audio", "output")}
     print(json.dumps({**files, "seed": args.seed, "config": dict(args.config), **versions, "runs": entries}))
 

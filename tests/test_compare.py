@@ -98,6 +98,8 @@ def test_command(tmp_path, capsys, monkeypatch):
 
     table = [re.split(r" *\| *", line)[1:-1] for line in lines if line.startswith("|")][2:]
     assert len(table) == 8
+    assert all(result[name] in cells[6] for cells in table for name in ("machine", "torch", "diffusers", "dtype"))
+    assert all(cells[6].startswith("lumina2-emoji, 128 x 128") for cells in table)
     for cells, r in zip(table, runs):
         assert cells[0] == r["prompt"] and cells[2:4] == [f"{r['seconds']:.2f} s", f"{r['speedup']:.2f}x"]
         assert cells[4] == f"{r['computed']} computed"

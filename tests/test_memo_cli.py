@@ -406,9 +406,9 @@ def test_compare(here, capsys, monkeypatch):
     assert len(frames) == 32 and fps == FPS and sound == "aac"
     assert frames.shape[1] % 2 == frames.shape[2] % 2 == 0 and frames.shape[2] >= 3 * 192
     out = capsys.readouterr().out
-    rows = re.findall(r"^\| (.+?) \| [\d.]+ s \| ([\d.]+)x \| (\d+) of 12 steps \| (.*) \|$", out, re.M)
+    rows = re.findall(r"^\| (.+?) \| [\d.]+ s \| ([\d.]+)x \| (\d+) of 12 steps \| (.*) \| (.+) \|$", out, re.M)
     named = [("original", "12"), ("threshold 9", "4"), ("3 steps a clip", "6")]
-    assert [(name, computed) for name, _, computed, _ in rows] == named and rows[0][3] == ""
+    assert [(row[0], row[2]) for row in rows] == named and rows[0][3] == ""
     last = json.loads(out.splitlines()[-1])
     base, *others = last["runs"]
     assert base["speedup"] == 1 and base["psnr"] is None and last["config"]["inference_steps"] == STEPS
@@ -417,6 +417,7 @@ def test_compare(here, capsys, monkeypatch):
         assert entry["speedup"] == base["seconds"] / entry["seconds"]
     assert all(row[3] == f"{entry['psnr']:.1f} dB" for row, entry in zip(rows[1:], others))
     assert {"machine", "torch", "diffusers"} <= last.keys() and last["seed"] == teacache_memo.SEED
+    assert all(last[name] in row[4] for row in rows for name in ("machine", "torch", "diffusers"))
     assert "face_speech_compare.mp4 exists" in refused(capsys, "--output_dir", "o", tool=compare_memo)
     assert compare_memo.parse_args(ARGUMENTS).settings == [
         *({**none, "rel_l1_thresh": t} for t in (0.0, 0.09, 0.15, 0.25)),

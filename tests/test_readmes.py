@@ -11,9 +11,10 @@ from conftest import BUNDLED, ROOT
 
 from TeaCache4LuminaT2X import batch_lumina2, calibrate_lumina2, compare_lumina2, teacache_lumina2
 
-PAGES = ["README.md", "TeaCache4LuminaT2X/README.md", "TeaCache4Memo/README.md", "tests/benchmarks/README.md"]
+PAGES = ["README.md", "TeaCache4LuminaT2X/README.md", "TeaCache4Memo/README.md", "CONTRIBUTING.md"]
+PAGES += ["tests/benchmarks/README.md"]
 TEXT = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
-FRONT, LUMINA, MEMO, _ = TEXT.values()
+FRONT, LUMINA, MEMO, *_ = TEXT.values()
 TOOLS = {
     "teacache_lumina2.py": teacache_lumina2,
     "compare_lumina2.py": compare_lumina2,
@@ -37,7 +38,7 @@ LUMINA_COMMANDS = [c for c in COMMANDS if any(tool in c for tool in TOOLS)]
 
 def test_every_command_is_accounted_for():
     """MEMO's commands run in test_memo_cli.py and test_memo_batch.py, `accelerate launch` in the tests of the tools."""
-    known = *TOOLS, "teacache_memo.py", "compare_memo.py", "batch_memo.py", "tests/benchmarks/", "tox"
+    known = *TOOLS, "teacache_memo.py", "compare_memo.py", "batch_memo.py", "tests/benchmarks/", "tox", "pytest", "ruff"
     for command in COMMANDS:
         assert command.startswith(("pip install", "git clone")) or any(name in command for name in known), command
     assert len(LUMINA_COMMANDS) >= 7

@@ -72,13 +72,13 @@ VOICES = [f"{accent}+{kind}" for kind in "m1 m3 m5 m7 f1 f3 f5 klatt klatt3 Alex
 HELD_OUT_VOICES = [f"{accent}+{kind}" for kind in ("m2", "f2", "Andrea", "klatt2")
                    for accent in ("en-gb-scotland", "en-gb-x-rp")]  # fmt: skip
 
-VIDEOS, VIDEO = 500, 48 # how many, of how many frames
+VIDEOS, VIDEO = 1000, 48  # how many, of how many frames
 JOY = {"happy": 1.0, "neutral": 0.0, "sad": -1.0}
 
 WIDTHS = (64, 96)       # of the reference net and of the diffusion net
 FACE_CHANNELS = 64      # of a token of the face embedding
 AUDIO_DIM = 64          # of a token of the sound
-MINUTES = 50            # of training; the learning rate falls to nothing in that time
+MINUTES = 110           # of training; the learning rate falls to nothing in that time
 STEPS = 100_000         # at most
 BATCH = 1               # chains of clips, in each process
 LR = 2e-3
@@ -87,6 +87,7 @@ DROP_ALL = 0.12         # chains without any conditioning, as memo's pipeline ca
 DROP_ONE = 0.05         # face, sound or emotion alone
 PAST_NOISE = 0.15       # added to past frames, since those of the network itself are not perfect
 MOUTH_WEIGHT = 3.0      # in the loss, about the mouth
+FIRST_WEIGHT = 4.0, 2.0 # of the first frames of a clip, which go on from the past ones
 
 EXAMPLE_FACE, EXAMPLE_SOUND = 7, 0  # seed of the face, and which of the held-out sounds
 # ------------------------------------------------------------------------------
@@ -600,8 +601,9 @@ def train_nets(videos, work):
     matrices = [p for n, p in nets.named_parameters() if p.ndim > 1 and not any(s in n for s in ("embed", "conv_out"))]
     optimizers = build_optimizers(nets, matrices, LR, LR / 2)
     run = Run(work / "nets.pt", STEPS, minutes=MINUTES, nets=nets, ema=ema, **optimizers)
-    weight = torch.ones(SIZE // 8, SIZE // 8)
-    weight[7:11, 3:9] = MOUTH_WEIGHT
+    weight = torch.ones(CLIP, SIZE // 8, SIZE // 8)
+    weight[:, 7:11, 3:9] = MOUTH_WEIGHT
+    weight[: len(FIRST_WEIGHT)] *= torch.tensor(FIRST_WEIGHT)[:, None, None]
     chain, losses = VIDEO // CLIP, []
     for step in run:
         k = step % chain
