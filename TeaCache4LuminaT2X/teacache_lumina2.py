@@ -300,7 +300,9 @@ def remove_teacache(model):
 def check_settings(num_steps, rel_l1_thresh=None, computed_steps=None, tolerance=None):
     if not num_steps >= 1 or num_steps % 1:
         raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
-    if [rel_l1_thresh, computed_steps, tolerance].count(None) < 2:
+    if rel_l1_thresh is computed_steps is tolerance is None:
+        rel_l1_thresh, computed_steps, tolerance = REL_L1_THRESH, COMPUTED_STEPS, TOLERANCE
+    elif [rel_l1_thresh, computed_steps, tolerance].count(None) < 2:
         raise ValueError("give only one of rel_l1_thresh, computed_steps and tolerance")
     if any(limit is not None and not 0 <= limit < math.inf for limit in (rel_l1_thresh, tolerance)):
         raise ValueError("rel_l1_thresh and tolerance must be numbers of at least 0; 0 skips nothing")

@@ -49,7 +49,7 @@ def parse_args(argv=None):
                 args.jobs.append((args.paths[-1], job))
         if not pairs:
             raise ValueError(f"{args.pairs} is empty; expected one image,audio per line")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         args.parser.error(str(error))
     return args
 

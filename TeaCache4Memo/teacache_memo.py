@@ -288,7 +288,9 @@ def remove_teacache(model):
 def check_settings(num_steps, rel_l1_thresh=None, computed_steps=None, tolerance=None):
     if not num_steps >= 1 or num_steps % 1:
         raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
-    if [rel_l1_thresh, computed_steps, tolerance].count(None) < 2:
+    if rel_l1_thresh is computed_steps is tolerance is None:
+        rel_l1_thresh, computed_steps, tolerance = REL_L1_THRESH, COMPUTED_STEPS, TOLERANCE
+    elif [rel_l1_thresh, computed_steps, tolerance].count(None) < 2:
         raise ValueError("give only one of rel_l1_thresh, computed_steps and tolerance")
     if any(limit is not None and not 0 <= limit < math.inf for limit in (rel_l1_thresh, tolerance)):
         raise ValueError("rel_l1_thresh and tolerance must be numbers of at least 0; 0 skips nothing")
@@ -320,8 +322,7 @@ def load_pipeline(model=MODEL, vae="stabilityai/sd-vae-ft-mse", device=None, dty
     )
     audio_proj = memo.AudioProjModel.from_pretrained(model, subfolder="audio_proj")
     set_memory_processors(pipeline.diffusion_net)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return pipeline.to(device, DTYPES.get(dtype, dtype)), audio_proj
+    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), DTYPES.get(dtype, dtype)), audio_proj
 
 
 def prepare(image, audio, config, folder):
@@ -359,6 +360,7 @@ def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, **limi
     size = config.num_generated_frames_per_clip
     settings = {"width": config.resolution, "height": config.resolution, "video_length": size}
     settings |= {"num_inference_steps": config.inference_steps, "guidance_scale": config.cfg_scale}
+    settings |= {"face_emb": inputs.face_emb, "emotion_class_num": inputs.num_emotion_classes}
     settings["generator"] = torch.Generator().manual_seed(seed)  # on the CPU: equal noise on every device
     past_frames = inputs.pixel_values.repeat(config.num_init_past_frames, 1, 1, 1)
     frames, schedule, began = [], [], time.perf_counter()
@@ -367,10 +369,8 @@ def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, **limi
         audio_emb = inputs.audio_emb[window].unsqueeze(0).to(audio_proj.device, audio_proj.dtype)
         video = pipeline(
             ref_image=torch.cat([inputs.pixel_values, past_frames]).unsqueeze(0),
-            face_emb=inputs.face_emb,
             audio_tensor=audio_proj(audio_emb),
             audio_emotion=inputs.audio_emotion[window],
-            emotion_class_num=inputs.num_emotion_classes,
             is_new_audio=clip == 0,
             **settings,
         ).videos[0]  # (3, frames, height, width) in [0, 1]

@@ -125,6 +125,15 @@ def test_settings_that_cannot_work(machine, settings, says):
     assert "\n" not in str(error.value) and set(vars(model)) == before, "one line, and the model is as it was"
 
 
+@pytest.mark.parametrize("constant, value", [("COMPUTED_STEPS", 9), ("REL_L1_THRESH", -1), ("TOLERANCE", math.nan)])
+def test_constants_that_cannot_work(machine, monkeypatch, constant, value):
+    """Refused where they hold; a setting that is given goes before them."""
+    monkeypatch.setattr(machine.script, constant, value)
+    with pytest.raises(ValueError, match=f"{constant.lower()}.* must be"):
+        machine.script.apply_teacache(machine.model(), 8)
+    machine.script.apply_teacache(machine.model(), 8, computed_steps=4)
+
+
 def test_the_pipeline_in_place_of_its_model(machine):
     with pytest.raises(ValueError, match="give pipeline.transformer or pipeline.diffusion_net, not a object"):
         machine.script.apply_teacache(object())

@@ -113,6 +113,7 @@ def test_a_portrait_without_a_face_and_a_full_disk(pairs, capsys, monkeypatch):
         ("face.png", "line 1: face.png must be image,audio, two files"),
         ("face.png,speech.wav\nface.png,speech.wav,more", "line 2: face.png,speech.wav,more must be image,audio"),
         ("none.png,speech.wav", "line 1: none.png,speech.wav must be"),
+        ("x" * 200_000, "field limit"),
         ("", "pairs.csv is empty"),
         (None, "pairs.csv"),
     ],
