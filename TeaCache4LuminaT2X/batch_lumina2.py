@@ -65,19 +65,19 @@ def name(index, prompt):
 
 
 def is_done(path, job):
-    """Whether the image exists. Raises ValueError if it has other settings, or is not ours."""
+    """Whether the image exists. Raises ValueError if it has other settings, or was written by another program."""
     if not path.exists():
         return False
     with Image.open(path) as image:
         stored = json.loads(image.info.get("teacache", "null"))
     other = [key for key in job if stored is None or stored.get(key) != job[key]]
     if other:
-        raise ValueError(f"{path} exists with another {', '.join(other)}: move it, or give another --output-dir")
+        raise ValueError(f"{path} exists with different {', '.join(other)}: move it, or give another --output-dir")
     return True
 
 
 def draw(pipeline, args, path, job):
-    """One image, through a temporary file: it appears whole or not at all."""
+    """One image, through a temporary file: written completely or not at all."""
     image, _, _ = teacache_lumina2.generate(pipeline, Namespace(**{**vars(args), **job}))
     info, draft = PngInfo(), path.with_name(f".{path.stem}.{os.getpid()}.png")
     info.add_text("teacache", json.dumps(job))
@@ -92,7 +92,7 @@ def main(argv=None):
     args = parse_args(argv)
     state, failed = PartialState(cpu=not torch.cuda.is_available()), []
     args.device = str(state.device) if args.device == "cuda" else args.device
-    state.wait_for_everyone()  # all have seen which images are missing
+    state.wait_for_everyone()  # all processes have listed which images are missing
     pipeline = teacache_lumina2.load_pipeline(args) if args.jobs else None
     if pipeline and args.attention:
         if __package__:

@@ -1,7 +1,7 @@
 """Compare TeaCache settings for Lumina-Image-2.0: one strip of images, a Markdown table and a JSON line.
 
-    python compare_lumina2.py                                   # 0.1, 0.2, 0.3, 15 and 10 of 30 steps, 15 of 100
-    python compare_lumina2.py --rel-l1-thresh 0.3 --computed-steps 15 15/100 --tolerance 0.003
+    python compare_lumina2.py                                   # 0.3, 15 and 10 of 30 steps, 15 of 100
+    python compare_lumina2.py --rel-l1-thresh 0.1 0.2 0.3 --computed-steps 15 --tolerance 0.003
 
 Each image is compared with the original, which is not cached. Takes the flags of teacache_lumina2.py as well.
 """
@@ -38,11 +38,12 @@ def parse_args(argv=None):
     """The arguments; `columns` has the settings of each image of a row, the original first."""
 
     def extend(parser):
-        add, thresholds = parser.add_argument, [0.1, 0.2, 0.3]
+        add = parser.add_argument
         add("--prompt", nargs="+", dest="prompts", default=[teacache_lumina2.PROMPT], help="one row of images each")
-        add("--rel-l1-thresh", nargs="*", type=float, dest="thresholds", default=thresholds, metavar="T")
+        add("--rel-l1-thresh", nargs="*", type=float, dest="thresholds", default=[0.3], metavar="T")
         add("--tolerance", nargs="*", type=float, dest="tolerances", default=[], metavar="T")
-        add("--computed-steps", nargs="*", type=budget, dest="budgets", default=BUDGETS, metavar="K")
+        some = {"nargs": "*", "metavar": "K", "help": "such as 15, or 15/100"}
+        add("--computed-steps", type=budget, dest="budgets", default=BUDGETS, **some)
         add("--output", type=Path, default=Path("teacache_lumina2_compare.png"))
         parser.set_defaults(prompt=None, rel_l1_thresh=None, computed_steps=None, tolerance=None, parser=parser)
 

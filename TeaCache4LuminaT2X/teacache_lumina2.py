@@ -5,7 +5,7 @@ the transformer blocks and adds their last residual again (order 0). With a numb
 extrapolates the last two outputs instead (order 1), and a skipped step runs no part of the network.
 
     python teacache_lumina2.py --computed-steps 15                  # or edit the constants below
-    from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache  # changes nothing
+    from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache  # no side effects
     apply_teacache(pipeline.transformer, num_steps=30, computed_steps=15)  # or rel_l1_thresh=0.3
     image = pipeline("a red apple", num_inference_steps=30).images[0]
 """
@@ -25,7 +25,7 @@ from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_la
 
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.3  # 0: original | 0.1: 1.05x | 0.2: 1.15x | 0.3: 1.25x  (original authors, 4070 laptop, 1024x1536)
-COMPUTED_STEPS = None  # instead of the threshold: compute exactly so many steps, say 15 of 30
+COMPUTED_STEPS = None  # instead of the threshold: compute exactly this many steps, say 15 of 30
 TOLERANCE = None  # instead: compute when the expected error of skipping, summed over time, reaches this, say 0.003
 # The default is TeaCache as published. The other two are better on the bundled model, and untested on the real weights.
 ORDER = 0  # skipped steps under a threshold. 0: add the last residual (TeaCache) | 1: extrapolate the last two outputs
@@ -44,7 +44,7 @@ COEFFICIENTS_V1 = [393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86
 COEFFICIENTS_V2 = [225.7042019806413, -608.8453716535591, 304.1869942338369, 124.21267720116742, -1.4089066892956552]
 COEFFICIENTS = COEFFICIENTS_V1  # calibrate_lumina2.py fits them to another model
 DAMPING = 0.25  # of the extrapolation, see Branch.forecast
-CURVATURE = 60.0  # of the outputs, before anything is known, see TeaCacheState.expected_error
+CURVATURE = 60.0  # initial estimate, see TeaCacheState.expected_error
 # ------------------------------------------------------------------------------
 
 DEFAULTS = {"enable_teacache": True, "num_steps": NUM_INFERENCE_STEPS, "rel_l1_thresh": REL_L1_THRESH}
@@ -53,17 +53,17 @@ STOCK_FORWARD = globals().get("STOCK_FORWARD", Lumina2Transformer2DModel.forward
 
 
 class Branch:
-    """The cache of one conditioning. Guidance by two calls has two branches; by one batch, as in MEMO, one."""
+    """The cache of one conditioning: two for guidance by two calls, one for guidance by a batch of two (MEMO)."""
 
     def __init__(self, conditioning, layout):
         self.conditioning, self.layout, self.step = conditioning, layout, -1  # step: the last that used this branch
-        self.modulated_input = None, None  # of a threshold: the step that saw it, and the tensor
+        self.modulated_input = None, None  # threshold only: (step, tensor)
         self.residual = None  # order 0: output minus input of the blocks at the last computed step
         self.history = []  # order 1: (timestep, output) of the last two computed steps
         self.error = None  # order 1: relative L1 error of the forecast at the last computed step
 
     def matches(self, conditioning, layout):
-        """Equal values count: a caller may cast its tensors anew at every call."""
+        """Equal values match: a caller may recreate its tensors at every call."""
         return self.layout == layout and all(
             a is b or torch.is_tensor(a) and torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
             for a, b in zip(self.conditioning, conditioning)
@@ -105,8 +105,8 @@ class TeaCacheState:
             known = any(b.conditioning[-1] is conditioning[-1] or b.matches(conditioning, layout) for b in branches)
             if timestep < self.timestep or not known:
                 if (timestep > self.timestep) if self.last_step else self.step >= 0:
-                    took = f"a generation took {self.step + 1 + self.last_step} steps or was interrupted"
-                    warnings.warn(f"TeaCache: {took}, and num_steps is {self.num_steps}", stacklevel=3)
+                    ran = f"the last generation ran {self.step + 1 + self.last_step} steps"
+                    warnings.warn(f"TeaCache: {ran}, num_steps is {self.num_steps} (or interrupted)", stacklevel=3)
                 self.__init__()
                 branches = []
             self.branches, self.step, self.timestep, self.compute = branches, self.step + 1, timestep, None
@@ -115,7 +115,7 @@ class TeaCacheState:
         self.branches = [] if self.last_step else self.branches
         self.caching = not self.last_step and (ahead or self.rel_l1_thresh > 0)
         self.order = self.order if self.caching and not ahead else 1
-        nearest = sorted(self.branches, key=lambda b: b.conditioning[-1] is not conditioning[-1])  # values come last
+        nearest = sorted(self.branches, key=lambda b: b.conditioning[-1] is not conditioning[-1])  # same object first
         branch = next((b for b in nearest if b.matches(conditioning, layout)), Branch(conditioning, layout))
         self.branches += [branch] if not self.last_step and branch not in self.branches else []
         branch.step = self.step
@@ -137,7 +137,7 @@ class TeaCacheState:
                     change = relative_l1(modulated_input, previous).item() if seen == self.step - 1 else math.nan
                     change, limit = np.polyval(self.coefficients, change), self.rel_l1_thresh
                 self.accumulated += change
-                needed = needed or not self.accumulated < limit  # a NaN computes
+                needed = needed or not self.accumulated < limit  # NaN: compute
             self.compute, self.accumulated = needed, 0.0 if needed else self.accumulated
             self.schedule[self.step :] = [needed]
         return self.compute or needed
@@ -148,7 +148,7 @@ class TeaCacheState:
         if len(computed) < 2 or self.timestep - computed[-1] > 0.2:
             return math.inf
         if self.schedule[-1] and (errors := [b.error for b in self.branches if b.error is not None]):
-            error = torch.stack(errors).max().item()  # the one number read back
+            error = torch.stack(errors).max().item()  # synchronizes with the GPU
             self.curvature = max(error / (computed[-1] - computed[-2]) ** 2, 0.8 * self.curvature)
         return (self.timestep - self.timesteps[-2]) * self.curvature * (self.timestep - computed[-1]) ** 2
 
@@ -159,7 +159,7 @@ def relative_l1(new, old):
 
 
 def is_due(timesteps, schedule, num_steps, budget):
-    """Whether the step at timesteps[-1] is computed: the rest of `budget` is spread evenly over the rest of the way."""
+    """Whether to compute the step at timesteps[-1]: spreads what is left of `budget` evenly over what is left."""
     start = timesteps[0]  # position: 0 at the first step and 1 at the end, the mean of step index and timestep
     position = [(i / num_steps + (t - start) / ((1 - start) or 1.0)) / 2 for i, t in enumerate(timesteps)]
     step = len(timesteps) - 1
@@ -180,7 +180,7 @@ def teacache_forward(
     attention_kwargs=None,  # {"scale": s} scales the LoRA layers
     return_dict=True,
 ):
-    """`Lumina2Transformer2DModel.forward` (diffusers 0.33 to 0.42) with TeaCache: the velocity, like the latents.
+    """`Lumina2Transformer2DModel.forward` (diffusers 0.33 to 0.42) with TeaCache: the velocity, shaped as the latents.
 
     Settings are read from the instance or its class, see DEFAULTS; the state is `self.teacache`, on the instance. With
     gradients, at threshold 0 or with `enable_teacache = False`, the stock forward runs.
@@ -267,9 +267,9 @@ def apply_teacache(
 ):
     """Switch TeaCache on for `pipeline.transformer` or `pipeline.diffusion_net`, before or after offloading is enabled.
 
-    num_steps: the pipeline's `num_inference_steps`. rel_l1_thresh, computed_steps, tolerance: one of them, or none for
-    the constants above, which explain them and `order`. coefficients: of the polynomial that rescales changes for
-    rel_l1_thresh, highest power first. Returns the model. Raises ValueError for settings that cannot work.
+    num_steps: the pipeline's `num_inference_steps`. rel_l1_thresh, computed_steps, tolerance: at most one of them; the
+    defaults, also of `order`, are the constants above. coefficients: of the polynomial that rescales changes for
+    rel_l1_thresh, highest power first. Returns the model. Raises ValueError for invalid settings.
     """
     num_steps = NUM_INFERENCE_STEPS if num_steps is None else num_steps
     if not isinstance(model, torch.nn.Module):
@@ -319,8 +319,8 @@ def parse_args(argv=None, extend=lambda parser: None):
     add("--prompt", default=PROMPT)
     add("--negative-prompt", default=NEGATIVE_PROMPT)
     add("--rel-l1-thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
-    add("--computed-steps", type=int, help="instead of a threshold: compute exactly so many of the steps")
-    add("--tolerance", type=float, help="instead of a threshold: compute where the extrapolation would err more, 0.003")
+    add("--computed-steps", type=int, help="instead of a threshold: number of computed steps")
+    add("--tolerance", type=float, help="instead of a threshold: largest expected error, say 0.003")
     add("--num-inference-steps", type=int, default=NUM_INFERENCE_STEPS)
     add("--height", type=int, default=HEIGHT)
     add("--width", type=int, default=WIDTH)
@@ -335,7 +335,7 @@ def parse_args(argv=None, extend=lambda parser: None):
     args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if args.model is None and args.device != "cuda":
         if not BUNDLED_MODEL.is_dir():
-            parser.error(f"no CUDA GPU for the real model: give --model, {MODEL} or a small one")
+            parser.error(f"no CUDA GPU for the real model, and no bundled one: give --model, {MODEL} or a small one")
         args.model, args.device = str(BUNDLED_MODEL), "cpu"
         print(f"No CUDA GPU: using the bundled emoji model. For the real one: --model {MODEL}")
     args.model = args.model or MODEL
@@ -350,7 +350,7 @@ def parse_args(argv=None, extend=lambda parser: None):
     if any(size is not None and (size <= 0 or size % 16) for size in (args.height, args.width)):
         parser.error("--height and --width must be multiples of 16")
     if args.output.suffix not in (".png", ".jpg", ".webp") or not args.output.parent.is_dir():
-        parser.error(f"--output {args.output} must end in .png, .jpg or .webp, in a folder that exists")
+        parser.error(f"--output {args.output} must end in .png, .jpg or .webp, in an existing folder")
     return args
 
 

@@ -31,7 +31,7 @@ def parse_args(argv=None):
 
     def extend(parser):
         parser.add_argument("pairs", metavar="FILE", help="CSV, one image,audio per line")
-        parser.set_defaults(parser=parser, input_image=__file__, input_audio=__file__)  # of the pairs instead
+        parser.set_defaults(parser=parser, input_image=__file__, input_audio=__file__)  # placeholders, not used
 
     args = teacache_memo.parse_args(argv, extend)
     constants = {k: v for k, v in teacache_memo.DEFAULTS.items() if k != "num_steps"}
@@ -55,19 +55,19 @@ def parse_args(argv=None):
 
 
 def is_done(path, job):
-    """Whether the video exists. Raises ValueError if it has other settings, or is not ours."""
+    """Whether the video exists. Raises ValueError if it has other settings, or was written by another program."""
     if not path.exists():
         return False
     beside = path.with_suffix(".json")
     stored = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
     other = [key for key in job if stored is None or stored.get(key) != job[key]]
     if other:
-        raise ValueError(f"{path} exists with another {', '.join(other)}: move it, or give another --output_dir")
+        raise ValueError(f"{path} exists with different {', '.join(other)}: move it, or give another --output_dir")
     return True
 
 
 def make(pipeline, audio_proj, config, path, job):
-    """One video, through a temporary file: it appears whole or not at all."""
+    """One video, through a temporary file: written completely or not at all."""
     draft = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
     with tempfile.TemporaryDirectory() as folder:
         inputs = teacache_memo.prepare(job["image"], job["audio"], config, folder)
@@ -84,7 +84,7 @@ def make(pipeline, audio_proj, config, path, job):
 def main(argv=None):
     args = parse_args(argv)
     state, failed, config = PartialState(cpu=not torch.cuda.is_available()), [], args.config
-    state.wait_for_everyone()  # all have seen which videos are missing
+    state.wait_for_everyone()  # all processes have listed which videos are missing
     with state.split_between_processes(args.jobs) as jobs:
         if jobs:
             models = {"model": config.model_name_or_path, "vae": config.vae, "dtype": config.weight_dtype}

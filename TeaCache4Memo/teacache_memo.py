@@ -5,7 +5,7 @@ convolution have barely changed since the last computed step, TeaCache skips the
 again (order 0). With a number of computed steps, or a tolerance, it extrapolates the last two outputs (order 1).
 
     python teacache_memo.py --input_image face.jpg --input_audio speech.wav     # or edit the constants below
-    from TeaCache4Memo.teacache_memo import apply_teacache  # changes nothing
+    from TeaCache4Memo.teacache_memo import apply_teacache  # no side effects
     apply_teacache(pipeline.diffusion_net, num_steps=20, rel_l1_thresh=0.15)
 """
 
@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.9x fewer passes (20 steps, see README)
-COMPUTED_STEPS = None  # instead of the threshold: compute exactly so many steps of each clip, say 10 of 20
+COMPUTED_STEPS = None  # instead of the threshold: compute exactly this many steps of each clip, say 10 of 20
 TOLERANCE = None  # instead: compute when the expected error of skipping, summed over time, reaches this, say 0.003
 ORDER = 0  # skipped steps under a threshold. 0: add the last residual (TeaCache) | 1: extrapolate the last two outputs
 NUM_INFERENCE_STEPS = 20  # for apply_teacache; the command line takes inference_steps from CONFIG
@@ -37,13 +37,13 @@ BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "memo-emoji"  # a 
 MODEL = "memoavatar/memo"  # for load_pipeline; the command line takes model_name_or_path from CONFIG
 COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: the identity, none was fitted for MEMO
 DAMPING = 0.25  # of the extrapolation, see Branch.forecast
-CURVATURE = 60.0  # of the outputs, before anything is known, see TeaCacheState.expected_error
+CURVATURE = 60.0  # initial estimate, see TeaCacheState.expected_error
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as CONFIG names them
 # ------------------------------------------------------------------------------
 
 
 def import_memo():
-    """What memo's modules define, by name. memo imports xformers, used or not; a stand-in takes its place."""
+    """Namespace of memo's modules. memo imports xformers, used or not: if it is missing, a stub replaces it."""
     stand_ins = {}
     try:
         import xformers.ops  # noqa: F401
@@ -69,17 +69,17 @@ except ImportError:  # memo is not installed
 
 
 class Branch:
-    """The cache of one conditioning. Guidance by two calls has two branches; by one batch, as in MEMO, one."""
+    """The cache of one conditioning: two for guidance by two calls, one for guidance by a batch of two (MEMO)."""
 
     def __init__(self, conditioning, layout):
         self.conditioning, self.layout, self.step = conditioning, layout, -1  # step: the last that used this branch
-        self.modulated_input = None, None  # of a threshold: the step that saw it, and the tensor
+        self.modulated_input = None, None  # threshold only: (step, tensor)
         self.residual = None  # order 0: output minus input of the blocks at the last computed step
         self.history = []  # order 1: (timestep, output) of the last two computed steps
         self.error = None  # order 1: relative L1 error of the forecast at the last computed step
 
     def matches(self, conditioning, layout):
-        """Equal values count: a caller may cast its tensors anew at every call."""
+        """Equal values match: a caller may recreate its tensors at every call."""
         return self.layout == layout and all(
             a is b or torch.is_tensor(a) and torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
             for a, b in zip(self.conditioning, conditioning)
@@ -121,8 +121,8 @@ class TeaCacheState:
             known = any(b.conditioning[-1] is conditioning[-1] or b.matches(conditioning, layout) for b in branches)
             if timestep < self.timestep or not known:
                 if (timestep > self.timestep) if self.last_step else self.step >= 0:
-                    took = f"a generation took {self.step + 1 + self.last_step} steps or was interrupted"
-                    warnings.warn(f"TeaCache: {took}, and num_steps is {self.num_steps}", stacklevel=3)
+                    ran = f"the last generation ran {self.step + 1 + self.last_step} steps"
+                    warnings.warn(f"TeaCache: {ran}, num_steps is {self.num_steps} (or interrupted)", stacklevel=3)
                 self.__init__()
                 branches = []
             self.branches, self.step, self.timestep, self.compute = branches, self.step + 1, timestep, None
@@ -131,7 +131,7 @@ class TeaCacheState:
         self.branches = [] if self.last_step else self.branches
         self.caching = not self.last_step and (ahead or self.rel_l1_thresh > 0)
         self.order = self.order if self.caching and not ahead else 1
-        nearest = sorted(self.branches, key=lambda b: b.conditioning[-1] is not conditioning[-1])  # values come last
+        nearest = sorted(self.branches, key=lambda b: b.conditioning[-1] is not conditioning[-1])  # same object first
         branch = next((b for b in nearest if b.matches(conditioning, layout)), Branch(conditioning, layout))
         self.branches += [branch] if not self.last_step and branch not in self.branches else []
         branch.step = self.step
@@ -153,7 +153,7 @@ class TeaCacheState:
                     change = relative_l1(modulated_input, previous).item() if seen == self.step - 1 else math.nan
                     change, limit = np.polyval(self.coefficients, change), self.rel_l1_thresh
                 self.accumulated += change
-                needed = needed or not self.accumulated < limit  # a NaN computes
+                needed = needed or not self.accumulated < limit  # NaN: compute
             self.compute, self.accumulated = needed, 0.0 if needed else self.accumulated
             self.schedule[self.step :] = [needed]
         return self.compute or needed
@@ -164,7 +164,7 @@ class TeaCacheState:
         if len(computed) < 2 or self.timestep - computed[-1] > 0.2:
             return math.inf
         if self.schedule[-1] and (errors := [b.error for b in self.branches if b.error is not None]):
-            error = torch.stack(errors).max().item()  # the one number read back
+            error = torch.stack(errors).max().item()  # synchronizes with the GPU
             self.curvature = max(error / (computed[-1] - computed[-2]) ** 2, 0.8 * self.curvature)
         return (self.timestep - self.timesteps[-2]) * self.curvature * (self.timestep - computed[-1]) ** 2
 
@@ -175,7 +175,7 @@ def relative_l1(new, old):
 
 
 def is_due(timesteps, schedule, num_steps, budget):
-    """Whether the step at timesteps[-1] is computed: the rest of `budget` is spread evenly over the rest of the way."""
+    """Whether to compute the step at timesteps[-1]: spreads what is left of `budget` evenly over what is left."""
     start = timesteps[0]  # position: 0 at the first step and 1 at the end, the mean of step index and timestep
     position = [(i / num_steps + (t - start) / ((1 - start) or 1.0)) / 2 for i, t in enumerate(timesteps)]
     step = len(timesteps) - 1
@@ -255,9 +255,9 @@ def apply_teacache(
 ):
     """Switch TeaCache on for `pipeline.transformer` or `pipeline.diffusion_net`, before or after offloading is enabled.
 
-    num_steps: the pipeline's `num_inference_steps`. rel_l1_thresh, computed_steps, tolerance: one of them, or none for
-    the constants above, which explain them and `order`. coefficients: of the polynomial that rescales changes for
-    rel_l1_thresh, highest power first. Returns the model. Raises ValueError for settings that cannot work.
+    num_steps: the pipeline's `num_inference_steps`. rel_l1_thresh, computed_steps, tolerance: at most one of them; the
+    defaults, also of `order`, are the constants above. coefficients: of the polynomial that rescales changes for
+    rel_l1_thresh, highest power first. Returns the model. Raises ValueError for invalid settings.
     """
     num_steps = NUM_INFERENCE_STEPS if num_steps is None else num_steps
     if not isinstance(model, torch.nn.Module):
@@ -339,7 +339,7 @@ def prepare(image, audio, config, folder):
         snapshot_download(MODEL, allow_patterns=["misc/[fv]*"], local_dir=config.misc_model_dir)
     pixel_values, face_emb = preprocess_image(f"{misc}/face_analysis", str(image), config.resolution)
     if not face_emb.any():
-        raise ValueError(f"memo finds no face in {image}: give a portrait, seen from the front")
+        raise ValueError(f"no face found in {image}: give a frontal portrait")
     sound = resample_audio(str(audio), f"{folder}/16k.wav")
     clip = {"num_generated_frames_per_clip": config.num_generated_frames_per_clip, "device": device}
     audio_emb, length = preprocess_audio(sound, config.fps, config.wav2vec, separator, str(folder), **clip)
@@ -353,7 +353,7 @@ def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, **limi
     """The video, clip by clip; each clip starts from the last frames of the one before.
 
     inputs: `pixel_values` (1, 3, height, width) in [-1, 1], `face_emb` (1, 512), `audio_emb` (frames, window, blocks,
-    channels), `audio_emotion` (frames,). config: memo's configs/inference.yaml. clips: at most. limits: of the cache.
+    channels), `audio_emotion` (frames,). config: memo's configs/inference.yaml. clips: at most. limits: of TeaCache.
     Returns the frames, uint8 (frames, height, width, 3), the seconds that they took, and the schedule of all clips.
     """
     apply_teacache(pipeline.diffusion_net, config.inference_steps, **limits)
@@ -399,8 +399,8 @@ def parse_args(argv=None, extend=lambda parser: None):
     parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="for <image>_<audio>.mp4")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--rel_l1_thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
-    parser.add_argument("--computed_steps", type=int, help="instead: compute exactly so many steps of each clip")
-    parser.add_argument("--tolerance", type=float, help="instead: compute where the extrapolation would err more")
+    parser.add_argument("--computed_steps", type=int, help="instead of a threshold: computed steps of each clip")
+    parser.add_argument("--tolerance", type=float, help="instead of a threshold: largest expected error, say 0.003")
     extend(parser)
     args = parser.parse_args(argv)
     given = args.config or args.input_image or args.input_audio or torch.cuda.is_available()
@@ -422,7 +422,7 @@ def parse_args(argv=None, extend=lambda parser: None):
         check_settings(args.config.inference_steps, **args.limits)
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except ImportError as error:
-        parser.error(f"memo is missing ({error}): git clone https://github.com/memoavatar/memo && pip install -e memo")
+        parser.error(f"{error}: git clone https://github.com/memoavatar/memo ../memo && pip install -e ../memo")
     except Exception as error:  # of the files, the config or the settings
         parser.error(" ".join(str(error).split()))
     args.output = args.output_dir / f"{args.input_image.name.split('.')[0]}_{args.input_audio.name.split('.')[0]}.mp4"

@@ -129,13 +129,13 @@ def test_other_settings_are_an_error(here, drawn, capsys, monkeypatch, flags, ot
     monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: pytest.fail("loading began"))
     assert run(*flags) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{FILES[0]} exists with another {other}" in error and files() == before
+    assert error.count("\n") == 1 and f"{FILES[0]} exists with different {other}" in error and files() == before
 
 
 def test_an_edited_constant_is_another_setting(here, drawn, capsys, monkeypatch):
     assert run() == 0
     monkeypatch.setitem(teacache_lumina2.DEFAULTS, "rel_l1_thresh", 0.2)
-    assert run() == 2 and "exists with another constants" in capsys.readouterr().err
+    assert run() == 2 and "exists with different constants" in capsys.readouterr().err
 
 
 def test_one_that_fails_and_the_rest_goes_on(here, drawn, monkeypatch, capsys):

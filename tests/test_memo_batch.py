@@ -82,11 +82,11 @@ def test_going_on(pairs, capsys, monkeypatch):
     ]:
         assert make(*flags) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"outputs/{FILES[0]} exists with another {named}: move it" in line
+        assert f"outputs/{FILES[0]} exists with different {named}: move it" in line
     (pairs / "config.yaml").write_text((pairs / "config.yaml").read_text().replace("fps: 30", "fps: 25"))
     assert make() == 2 and "another config:" in capsys.readouterr().err
     (pairs / "outputs" / FILES[0]).with_suffix(".json").unlink()
-    assert make() == 2 and "exists with another image, audio, seed" in capsys.readouterr().err
+    assert make() == 2 and "exists with different image, audio, seed" in capsys.readouterr().err
 
 
 def test_a_portrait_without_a_face_and_a_full_disk(pairs, capsys, monkeypatch):
@@ -102,7 +102,7 @@ def test_a_portrait_without_a_face_and_a_full_disk(pairs, capsys, monkeypatch):
     monkeypatch.setattr(teacache_memo, "write_video", full)
     assert make() == 1
     out, err = capsys.readouterr()
-    assert out.startswith("0 of 3") and f"{FILES[0]} failed: ValueError: memo finds no face in face.png" in err
+    assert out.startswith("0 of 3") and f"{FILES[0]} failed: ValueError: no face found in face.png" in err
     assert f"{FILES[1]} failed: OSError: [Errno 28] No space left" in err and len(paths) == 1
     assert not os.listdir("outputs")
 

@@ -356,7 +356,7 @@ def test_an_output_that_exists(here):
 def test_a_memo_that_lacks_something(here, capfd, monkeypatch):
     monkeypatch.setitem(sys.modules, "memo.models", None)
     line = refused(capfd)
-    assert "memo.models" in line and "pip install -e memo" in line
+    assert "memo.models" in line and "pip install -e ../memo" in line
 
 
 @pytest.mark.parametrize("what", ["no face", "not an image", "not a sound", "memo.utils"])
@@ -383,7 +383,7 @@ def test_without_memo(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "git clone https://github.com/memoavatar/memo" in done.stderr and "pip install -e memo" in done.stderr
+    assert "git clone https://github.com/memoavatar/memo" in done.stderr and "pip install -e ../memo" in done.stderr
 
 
 # --- compare_memo ------------------------------------------------------------------------------------

@@ -117,7 +117,9 @@ def test_what_the_founding_readmes_document():
     for fact in facts.split("|"):
         assert fact in LUMINA, fact
     facts = "~25 min|~17 min|~12 min|~10 min|1.5x|2.0x|2.5x|0.09 to 0.25|liu2024timestep|python teacache_memo.py|"
-    facts += "pip install -e .|UNet3DConditionModel.forward = teacache_forward|enable_teacache = True|cnt = 0|"
+    facts += (
+        "pip install --no-deps -e .|UNet3DConditionModel.forward = teacache_forward|enable_teacache = True|cnt = 0|"
+    )
     facts += (
         "from memo.models.unet_3d import UNet3DConditionModel|num_steps = num_inference_steps|rel_l1_thresh = 0.15|"
     )

@@ -78,7 +78,7 @@ JOY = {"happy": 1.0, "neutral": 0.0, "sad": -1.0}
 WIDTHS = (64, 96)       # of the reference net and of the diffusion net
 FACE_CHANNELS = 64      # of a token of the face embedding
 AUDIO_DIM = 64          # of a token of the sound
-MINUTES = 110           # of training; the learning rate falls to nothing in that time
+MINUTES = 108           # of training; the learning rate falls to nothing in that time
 STEPS = 100_000         # at most
 BATCH = 1               # chains of clips, in each process
 LR = 2e-3
@@ -443,22 +443,28 @@ def make_voices(work):
 
 
 def make_pose(item, start, joy, rng):
-    """VIDEO frames of a face that says item's sound from frame `start` on: the head at rest first, then swaying."""
+    """VIDEO frames of a face that says item's sound from frame `start` on: the head at rest first, then swaying.
+
+    memo's memory of the past frames is their average with weights 0.81 ** age, and the sound reaches two frames back and
+    ahead. So that a clip can go on where the last one ended, the head sways slowly, nods with the loudness of five frames,
+    and blinks within a clip.
+    """
     time = torch.arange(VIDEO) / FPS
 
-    def sway(size, slowest=3.5, fastest=1.8):
+    def sway(size, slowest=8.0, fastest=4.0):
         turn = 2 * math.pi * time / rng.uniform(fastest, slowest) + (phase := rng.uniform(0, 2 * math.pi))
         return size * rng.uniform(0.3, 1) * (turn.sin() - math.sin(phase))
 
     opening, spread = (item[k][start : start + VIDEO] for k in ("opening", "spread"))
-    loudness = F.avg_pool1d(F.pad(opening[None, None], (8, 0)), 9, stride=1)[0, 0]  # of the last 0.3 s
+    loudness = F.avg_pool1d(F.pad(opening[None, None], (2, 2), "replicate"), 5, stride=1)[0, 0]
     blink = torch.zeros(VIDEO)
     closing = torch.tensor([0.5, 1.0, 1.0, 0.7, 0.3])
     at = rng.randrange(5, 90)
     while at < VIDEO:
-        blink[at : at + 5] = closing[: VIDEO - at]
+        at -= max(0, at % CLIP + len(closing) - CLIP)
+        blink[at : at + len(closing)] = closing
         at += rng.randrange(30, 90)
-    pose = {"x": sway(0.025), "y": sway(0.010) - 0.05 * loudness, "roll": sway(0.05)}
+    pose = {"x": sway(0.03), "y": sway(0.012) - 0.05 * loudness, "roll": sway(0.06)}
     ramp = 1 - torch.exp(-torch.arange(VIDEO) / 4)
     return pose | {"opening": opening, "spread": spread, "blink": blink, "joy": joy * ramp}
 

@@ -233,15 +233,21 @@ def plot(rows, shift, path):
 
     figure = Figure(figsize=(13, 4.6), layout="constrained")
     methods = [m for m in dict.fromkeys(r["method"] for r in rows) if "uncached" not in m]
-    styles = {m: {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"} for i, m in enumerate(methods)}
-    ours = {"computed_steps of 30": "crimson", "computed_steps of 100": "darkorange"}
-    ours |= {"tolerance of 30": "deeppink", "tolerance of 100": "gold"}
-    styles |= {m: {"color": color, "linewidth": 3, "zorder": 5} for m, color in ours.items()}
+    solvers = {"AB2": "-", "DPM-Solver++ 2M": "--", "UniPC": ":"}
+    look = {"fewer Euler steps": ("black", ":", "o"), "TeaCache, published": ("black", "-", "o")}
+    look |= {name: ("tab:blue", line, "o") for name, line in solvers.items()}
+    look |= {f"{name}, best shift": ("tab:green", line, "o") for name, line in solvers.items()}
+    look |= {m: ("tab:purple", "-", "^" if "Taylor" in m else "s") for m in methods if m.startswith("cache-dit")}
+    look |= {"computed_steps of 30": ("crimson", "-", "o"), "computed_steps of 100": ("darkorange", "-", "o")}
+    look |= {"tolerance of 30": ("deeppink", "-", "o"), "tolerance of 100": ("gold", "-", "o")}
+    styles = {m: dict(zip(("color", "linestyle", "marker"), look[m])) for m in methods}
+    for m in methods:
+        styles[m] |= {"linewidth": 3, "zorder": 5} if " of " in m else {}
     for axes, name in zip(figure.subplots(1, 2), ("uncached", "converged")):
         for method in methods:
             points = sorted((r["passes"], r[name]) for r in rows if r["method"] == method)
             if name == "converged" or not method.endswith("of 100"):
-                axes.plot(*zip(*points), marker="o", markersize=4, label=method, **styles[method])
+                axes.plot(*zip(*points), markersize=5, label=method, **styles[method])
         for r in rows if name == "converged" else ():
             if "uncached" in r["method"]:
                 axes.axhline(r[name], color="gray", linestyle=":")

@@ -1,8 +1,8 @@
-"""What a denoising step of MEMO costs at its released size: stock, computed and skipped under TeaCache; then a clip.
+"""What a denoising step of MEMO costs at its released size, stock, computed and skipped; and the parts of a clip.
 
 memo's own classes with the widths of the released model (320, 640, 1280, 1280), 16 frames, guidance, bfloat16 and random
 weights, on which the time does not depend. The motion module's settings are not in memo's code; they are those of its
-relatives. Prints a Markdown table of medians and a JSON line.
+relatives. The VAE is that of Stable Diffusion, a frame at a time, as in memo. Prints Markdown tables and a JSON line.
 
     python tests/benchmarks/memo_real_size.py --memo PATH_TO_MEMO                  # 512 pixels, on a GPU
     python tests/benchmarks/memo_real_size.py --memo PATH_TO_MEMO --pixels 256     # also on a CPU
@@ -43,7 +43,7 @@ WAYS = {  # thresholds that everything and nothing reaches: all steps computed, 
 
 
 def build(tiny, device):
-    """memo's UNet and reference net with random weights."""
+    """memo's UNet, its reference net and the VAE, with random weights."""
     from TeaCache4Memo.teacache_memo import import_memo, set_memory_processors
 
     memo = import_memo()
@@ -61,13 +61,27 @@ def build(tiny, device):
             memo.UNet3DConditionModel(**shape, **kinds, **motion),
             memo.UNet2DConditionModel(**shape, **flat),
         )
+        widths, blocks = (32,) * 4 if tiny else (128, 256, 512, 512), ["DownEncoderBlock2D"] * 4
+        ups = [block.replace("DownEncoder", "UpDecoder") for block in blocks]
+        sizes = {"block_out_channels": widths, "layers_per_block": 2, "latent_channels": 4}
+        vae = diffusers.AutoencoderKL(down_block_types=blocks, up_block_types=ups, **sizes).eval()
     torch.set_default_dtype(torch.float32)
     for model in (unet, reference):
         model.eval().register_to_config(center_input_sample=False)
-    return set_memory_processors(unet), reference
+    return set_memory_processors(unet), reference, vae
 
 
-@torch.no_grad()
+def seconds_of(call):
+    """Of the second of two calls."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    for _ in range(2):
+        synchronize()
+        began = time.perf_counter()
+        call()
+        synchronize()
+    return time.perf_counter() - began
+
+
 def loop(unet, given, latents, steps):
     """Seconds of each step of a guided clip, as `VideoPipeline` runs it."""
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -87,6 +101,7 @@ def loop(unet, given, latents, steps):
     return seconds
 
 
+@torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memo", help="clone of memoavatar/memo, if memo is not installed")
@@ -99,7 +114,7 @@ def main():
     from TeaCache4Memo.teacache_memo import apply_teacache, remove_teacache
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    unet, reference = build(args.tiny, device)
+    unet, reference, vae = build(args.tiny, device)
     generator, side = torch.Generator().manual_seed(0), args.pixels // 8
 
     def randn(*shape):
@@ -107,9 +122,12 @@ def main():
 
     given = {"encoder_hidden_states": randn(2, 4, 768), "audio_embedding": randn(2, 16, 32, 768)}
     pictures = randn(17, 4, side, side).repeat(2, 1, 1, 1)
-    with torch.no_grad():
-        zero, face = torch.tensor(0, device=device), given["encoder_hidden_states"]
-        given["ref_features"] = reference(pictures, zero, encoder_hidden_states=face, return_dict=False)
+    zero, face = torch.tensor(0, device=device), given["encoder_hidden_states"]
+
+    def see():
+        return reference(pictures, zero, encoder_hidden_states=face, return_dict=False)
+
+    given["ref_features"] = see()
     given["audio_emotion"] = torch.tensor([9, 3], dtype=torch.int, device=device)
     given["uc_mask"] = torch.tensor([1] * 16 + [0] * 16, device=device).bool()
     latents, results = randn(1, 4, 16, side, side), {}
@@ -135,10 +153,21 @@ def main():
     for name, r in results.items():
         speedup = f"{r['computed']} computed, {stock['loop'] / r['loop']:.2f}x"
         print(f"| {name} | {r['step']:.4f} | {r['step'] / stock['step']:.4f} | {speedup} |")
+    latent, frame = randn(1, 4, side, side), randn(1, 3, args.pixels, args.pixels)
+    parts = {
+        "UNet, 20 steps": 20 * stock["step"],
+        "reference net": seconds_of(see),
+        "VAE, 17 frames encoded": 17 * seconds_of(lambda: vae.encode(frame)),
+        "VAE, 16 frames decoded": 16 * seconds_of(lambda: vae.decode(latent)),
+    }
+    print("\n| part of a clip, stock | seconds | share |\n|---|---|---|")
+    for name, seconds in parts.items():
+        print(f"| {name} | {seconds:.2f} | {seconds / sum(parts.values()):.1%} |")
+    print()
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
     about = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__, "weights": "random"}
     about |= {"pixels": args.pixels, "dtype": str(unet.dtype), "parameters": sum(p.numel() for p in unet.parameters())}
-    print(json.dumps({**about, "results": results}))
+    print(json.dumps({**about, "results": results, "parts": parts}))
 
 
 if __name__ == "__main__":
