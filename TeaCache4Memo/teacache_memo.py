@@ -175,7 +175,7 @@ def relative_l1(new, old):
 
 
 def is_due(timesteps, schedule, num_steps, budget):
-    """Whether to compute the step at timesteps[-1]: spreads what is left of `budget` evenly over what is left."""
+    """Whether to compute the step at timesteps[-1]: spreads the remaining budget evenly over the remaining way."""
     start = timesteps[0]  # position: 0 at the first step and 1 at the end, the mean of step index and timestep
     position = [(i / num_steps + (t - start) / ((1 - start) or 1.0)) / 2 for i, t in enumerate(timesteps)]
     step = len(timesteps) - 1

@@ -386,6 +386,18 @@ def test_without_memo(tmp_path):
     assert "git clone https://github.com/memoavatar/memo" in done.stderr and "pip install -e ../memo" in done.stderr
 
 
+def test_the_snippet_of_the_front_page(here):
+    """To the letter, but for the files and the number of steps."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (snippet,) = (s for s in re.findall(r"```python\n(.*?)```", text, re.S) if "memo" in s)
+    for old, new in {"config.yaml": "config.yaml", "example.png": "face.png", "example.wav": "speech.wav"}.items():
+        assert f"assets/memo-emoji/{old}" in snippet and (ROOT / "assets" / "memo-emoji" / old).is_file()
+        snippet = snippet.replace(f"assets/memo-emoji/{old}", new)
+    scope = {}
+    exec(snippet.replace("computed_steps=10", "computed_steps=3"), scope)
+    assert len(read("talk.mp4")[0]) == 2 * FRAMES and sum(scope["schedule"]) == 6
+
+
 # --- compare_memo ------------------------------------------------------------------------------------
 
 

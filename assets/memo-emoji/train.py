@@ -89,7 +89,7 @@ PAST_NOISE = 0.15       # added to past frames, since those of the network itsel
 MOUTH_WEIGHT = 3.0      # in the loss, about the mouth
 FIRST_WEIGHT = 4.0, 2.0 # of the first frames of a clip, which go on from the past ones
 
-EXAMPLE_FACE, EXAMPLE_SOUND = 7, 0  # seed of the face, and which of the held-out sounds
+EXAMPLE_FACE, EXAMPLE_SOUND = 10_003, 0  # seed of the face, not that of a training video; which of the held-out sounds
 # ------------------------------------------------------------------------------
 
 WHO = """the little robot|my old neighbour|a very sleepy cat|our new teacher|the captain of the ship|everybody
@@ -680,7 +680,7 @@ def save_picture(face, path):
 @torch.no_grad()
 def export_voices(wav2vec, sounds, target):
     """The example of two clips, and a held-out voice a row for evaluate.py: what face and sound analysis give."""
-    face, item, rng = random_face(random.Random(EXAMPLE_FACE)), sounds[EXAMPLE_SOUND], random.Random(SEED + 2)
+    face, item, rng = random_face(random.Random(EXAMPLE_FACE)), sounds[EXAMPLE_SOUND], random.Random(20_000)
     sound = item["sound"][: 2 * CLIP * RATE // FPS]
     write_wave(target / "example.wav", sound)
     example = {
