@@ -88,3 +88,24 @@ def test_threshold_0_is_stock_over_two_clips(emoji):
         patch.setattr(type(parts[0].diffusion_net), "teacache", plain.teacache, raising=False)
         expected = evaluate.speak(*parts, config, voice, 0)[0]
     assert torch.equal(found, expected)
+
+
+@real
+def test_figures_of_the_benchmark_in_short(emoji):
+    """Two voices of two clips, 20 steps: passes of a clip, PSNR to the uncached video, mouth; see tests/benchmarks."""
+    evaluate, parts, config, voices = emoji
+    config = config.copy()
+    config.inference_steps = 20
+    passes, fidelity, mouths = {}, {}, []
+    ways = {"threshold": {"rel_l1_thresh": 0.15}, "budget": {"computed_steps": 11}, "tolerance": {"tolerance": 0.01}}
+    for i, voice in enumerate(voices):
+        stock = evaluate.speak(*parts, config, voice, i, rel_l1_thresh=0.0, clips=2)[0]
+        for name, limit in ways.items():
+            video, _, schedule = evaluate.speak(*parts, config, voice, i, clips=2, **limit)
+            passes.setdefault(name, []).append(sum(schedule) / 2)
+            fidelity.setdefault(name, []).append(-10 * ((video - stock) / 2).square().mean().log10().item())
+            mouths.append(evaluate.correlation(evaluate.mouth_opening(video), voice["opening"][:32]))
+    assert all(9 <= count <= 13 for counts in passes.values() for count in counts), passes
+    assert min(fidelity["threshold"]) > 35 and min(fidelity["budget"] + fidelity["tolerance"]) > 42, fidelity
+    assert all(min(fidelity[name]) > max(fidelity["threshold"]) for name in ("budget", "tolerance")), fidelity
+    assert min(mouths) > 0.8, mouths
