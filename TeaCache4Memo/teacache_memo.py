@@ -1,8 +1,8 @@
 """TeaCache (arXiv 2411.19108) for MEMO, the talking-head model: training-free caching, in one self-contained script.
 
 MEMO (arXiv 2412.04448) makes video of a portrait and a voice, in clips of 16 frames. When the features of its first
-convolution have barely changed since the last computed step, TeaCache skips the blocks and adds their last residual
-again (order 0). With a number of computed steps, or a tolerance, it extrapolates the last two outputs (order 1).
+convolution have barely changed since the last computed step, TeaCache skips the blocks. The last two outputs are
+extrapolated (order 1), or the last residual is added again, as in the original TeaCache (order 0, threshold only).
 
     python teacache_memo.py --input_image face.jpg --input_audio speech.wav     # or edit the constants below
     from TeaCache4Memo.teacache_memo import apply_teacache  # no side effects
@@ -24,10 +24,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 # ------------------------------------------------------------------------------
-REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.9x fewer passes (20 steps, see README)
+REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.7x fewer passes (20 steps, see README)
 COMPUTED_STEPS = None  # instead of the threshold: compute exactly this many steps of each clip, say 10 of 20
 TOLERANCE = None  # instead: compute when the expected error of skipping, summed over time, reaches this, say 0.003
-ORDER = 0  # skipped steps under a threshold. 0: add the last residual (TeaCache) | 1: extrapolate the last two outputs
+ORDER = 1  # skipped steps under a threshold. 0: add the last residual (TeaCache) | 1: extrapolate, see README
 NUM_INFERENCE_STEPS = 20  # for apply_teacache; the command line takes inference_steps from CONFIG
 SEED = 42
 CONFIG = "configs/inference.yaml"  # these three are looked for here, then in the folder of memo

@@ -158,12 +158,13 @@ class Oracle:
         num_steps,
         rel_l1_thresh=None,
         coefficients=IDENTITY,
-        order=0,
+        order=None,
         computed_steps=None,
         tolerance=None,
     ):
         self.machine, self.model, self.num_steps, self.budget = machine, model, num_steps, computed_steps
         self.thresh, self.poly = rel_l1_thresh, np.poly1d(coefficients)
+        order = machine.script.ORDER if order is None else order
         self.order = order if computed_steps is None and tolerance is None else 1
         self.tolerance, self.errors = tolerance, {}  # step: the largest error of its forecasts
         self.schedule, self.times, self.changes, self.branches, self.accumulated = [], [], [], {}, 0.0

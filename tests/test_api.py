@@ -151,11 +151,11 @@ def test_defaults_and_what_is_positional(machine, monkeypatch):
         model = script.apply_teacache(machine.model(), *args, **kwargs)
         return [vars(model).get(name) for name in script.DEFAULTS]
 
-    n, coefficients = script.NUM_INFERENCE_STEPS, script.COEFFICIENTS
-    assert values() == [True, n, None, coefficients, 0, None, None]
-    assert values(9, 0.2, [1.0], 1) == [True, 9, 0.2, [1.0], 1, None, None]
-    assert values(1, computed_steps=1) == [True, 1, None, coefficients, 0, 1, None]
-    assert values(9, tolerance=0.1) == [True, 9, None, coefficients, 0, None, 0.1]
+    n, coefficients, order = script.NUM_INFERENCE_STEPS, script.COEFFICIENTS, script.ORDER
+    assert values() == [True, n, None, coefficients, order, None, None]
+    assert values(9, 0.2, [1.0], 1 - order) == [True, 9, 0.2, [1.0], 1 - order, None, None]
+    assert values(1, computed_steps=1) == [True, 1, None, coefficients, order, 1, None]
+    assert values(9, tolerance=0.1) == [True, 9, None, coefficients, order, None, 0.1]
     monkeypatch.setitem(script.DEFAULTS, "computed_steps", 4)
     assert values(8, 0.3)[-2] is None and values(8, computed_steps=5)[-2] == 5
     machine.denoise(script.apply_teacache(model, 8), machine.job())

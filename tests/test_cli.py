@@ -103,7 +103,7 @@ BAD = {
     "an empty folder": (["--model", "{tmp}/empty"], "empty"),
     "another pipeline": (["--model", "{tmp}/flux"], "is a FluxPipeline: give a Lumina2Pipeline"),
     "a broken folder": (["--model", "{tmp}/broken"], "broken"),
-    "output without a folder": (["--output", "{tmp}/no/picture.png"], "a folder that exists"),
+    "output without a folder": (["--output", "{tmp}/no/picture.png"], "an existing folder"),
     "output of no kind": (["--output", "{tmp}/picture.txt"], "must end in .png"),
     "unknown flag": (["--treshold", "1"], "--treshold"),
     "unknown dtype": (["--dtype", "int8"], "int8"),

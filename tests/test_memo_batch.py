@@ -84,7 +84,7 @@ def test_going_on(pairs, capsys, monkeypatch):
         (line,) = capsys.readouterr().err.splitlines()
         assert f"outputs/{FILES[0]} exists with different {named}: move it" in line
     (pairs / "config.yaml").write_text((pairs / "config.yaml").read_text().replace("fps: 30", "fps: 25"))
-    assert make() == 2 and "another config:" in capsys.readouterr().err
+    assert make() == 2 and "different config:" in capsys.readouterr().err
     (pairs / "outputs" / FILES[0]).with_suffix(".json").unlink()
     assert make() == 2 and "exists with different image, audio, seed" in capsys.readouterr().err
 

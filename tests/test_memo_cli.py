@@ -371,7 +371,7 @@ def test_what_cannot_be_prepared(here, capfd, monkeypatch, what):
         run("--input_image", image, "--input_audio", "face.png" if what == "not a sound" else "speech.wav")
     line = exit.value.code
     assert line.startswith("could not prepare") and "\n" not in line and capfd.readouterr().out == ""
-    named = {"no face": "no face in wall.png", "not an image": "speech.wav", "not a sound": "face.png"}
+    named = {"no face": "no face found in wall.png", "not an image": "speech.wav", "not a sound": "face.png"}
     assert named.get(what, what) in line and not os.listdir("outputs")
 
 
@@ -394,8 +394,8 @@ def test_the_snippet_of_the_front_page(here):
         assert f"assets/memo-emoji/{old}" in snippet and (ROOT / "assets" / "memo-emoji" / old).is_file()
         snippet = snippet.replace(f"assets/memo-emoji/{old}", new)
     scope = {}
-    exec(snippet.replace("computed_steps=10", "computed_steps=3"), scope)
-    assert len(read("talk.mp4")[0]) == 2 * FRAMES and sum(scope["schedule"]) == 6
+    exec(snippet.replace("rel_l1_thresh=0.15", "rel_l1_thresh=9"), scope)
+    assert len(read("talk.mp4")[0]) == 2 * FRAMES and sum(scope["schedule"]) == 4
 
 
 # --- compare_memo ------------------------------------------------------------------------------------

@@ -183,7 +183,7 @@ def test_a_skipped_step_adds_the_last_residual(model, more, centered):
 
 
 WAYS = {
-    "order 0": ({"rel_l1_thresh": 9.0}, SKIPPED, 1),
+    "order 0": ({"rel_l1_thresh": 9.0, "order": 0}, SKIPPED, 1),
     "order 1": ({"rel_l1_thresh": 9.0, "order": 1}, ["conv_in"], 1),
     "a budget": ({"computed_steps": 2}, [], 0),
 }

@@ -22,7 +22,7 @@ from memo_models import (
 from TeaCache4Memo.teacache_memo import apply_teacache
 
 STEPS = 8
-WAYS = [{"rel_l1_thresh": 9.0}, {"rel_l1_thresh": 9.0, "order": 1}, {"computed_steps": 2}]
+WAYS = [{"rel_l1_thresh": 9.0, "order": 0}, {"rel_l1_thresh": 9.0, "order": 1}, {"computed_steps": 2}]
 
 
 @pytest.fixture

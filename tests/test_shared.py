@@ -11,7 +11,7 @@ SCRIPTS = "TeaCache4LuminaT2X/teacache_lumina2.py", "TeaCache4Memo/teacache_memo
 PAIRS = {  # the two files, and what both must have, word for word
     "scripts": (
         *SCRIPTS,
-        "Branch TeaCacheState relative_l1 is_due apply_teacache remove_teacache check_settings DEFAULTS DAMPING CURVATURE ORDER",
+        "Branch TeaCacheState relative_l1 is_due apply_teacache remove_teacache check_settings DEFAULTS DAMPING CURVATURE",
     ),
 }
 

@@ -35,24 +35,24 @@ from transformers import Gemma2Config, Gemma2Model, PreTrainedTokenizerFast
 
 # ------------------------------------------------------------------------------
 HERE = Path(__file__).resolve().parent
-SIZE = 128              # pixels; latents are SIZE / 8
+SIZE = 128  # pixels; latents are SIZE / 8
 SEED = 0
 
 VAE_STEPS = 1700
 VAE_BATCH = 8
 VAE_LR = 4e-3
-KL_WEIGHT = 3e-3        # on the mean over latent elements: smooth latents are easier to draw
+KL_WEIGHT = 3e-3  # on the mean over latent elements: smooth latents are easier to draw
 
-WIDTH = 192             # of the transformer and of the text encoder
+WIDTH = 192  # of the transformer and of the text encoder
 STEPS = 3000
 BATCH = 64
 LR = 2e-3
 WARMUP = 100
 EMA = 0.999
-CAPTION_DROPOUT = 0.1   # the pipeline's empty negative prompt, so that guidance has something to leave
-SPELL = 0.05            # share of words spelled out letter by letter, so that the letters' embeddings are trained too
-MAX_TOKENS = 16         # to which captions are padded here; longer ones are not spelled
-SHIFT = 2.0             # of the sampling schedule; training timesteps are logit-normal
+CAPTION_DROPOUT = 0.1  # the pipeline's empty negative prompt, so that guidance has something to leave
+SPELL = 0.05  # share of words spelled out letter by letter, so that the letters' embeddings are trained too
+MAX_TOKENS = 16  # to which captions are padded here; longer ones are not spelled
+SHIFT = 2.0  # of the sampling schedule; training timesteps are logit-normal
 # ------------------------------------------------------------------------------
 
 SHEET = [  # 48 prompts, 8 a row

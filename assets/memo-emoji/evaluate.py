@@ -46,7 +46,9 @@ def speak(pipeline, audio_proj, config, voice, seed, **settings):
         audio_emotion=voice["audio_emotion"],
         num_emotion_classes=NUM_EMOTIONS,
     )
-    frames, seconds, schedule = generate(pipeline, audio_proj, inputs, config, seed, **(settings or {"rel_l1_thresh": 0}))
+    frames, seconds, schedule = generate(
+        pipeline, audio_proj, inputs, config, seed, **(settings or {"rel_l1_thresh": 0})
+    )
     return torch.from_numpy(frames).permute(0, 3, 1, 2) / 127.5 - 1, seconds, schedule
 
 

@@ -40,7 +40,9 @@ def random_face(rng=random):
 def face_embedding(face):
     """(1, 512): a fixed random projection of the face's numbers, in place of a face recognition network."""
     numbers = [2 * c - 1 for c in face["skin"] + face["background"] + face["colour"]] + [face["wide"]]
-    numbers += [float(face["hat"] == k) for k in range(HAT_KINDS)] + [float(face["eyes"] == k) for k in range(EYE_KINDS)]
+    numbers += [float(face["hat"] == k) for k in range(HAT_KINDS)] + [
+        float(face["eyes"] == k) for k in range(EYE_KINDS)
+    ]
     projection = torch.randn(len(numbers), 512, generator=torch.Generator().manual_seed(0))
     return torch.tensor(numbers)[None] @ projection / len(numbers) ** 0.5
 
@@ -99,7 +101,9 @@ def draw(face, pose):
         else:
             picture = cover(picture, ellipse(cx, cy, 0.095 * large, 0.150 * large * lid + 0.015), dark)
         glint = colour((1.0, 1.0, 1.0))
-        picture = cover(picture, ellipse(cx - 0.03, cy - 0.05, 0.032, 0.032), glint, strength=(lid - 0.5).clamp(0, 1) * 2)
+        picture = cover(
+            picture, ellipse(cx - 0.03, cy - 0.05, 0.032, 0.032), glint, strength=(lid - 0.5).clamp(0, 1) * 2
+        )
         inner = side * (x - cx) / 0.16  # -1 at the nose, 1 at the temple
         arch = -0.40 - 0.06 * smile - 0.03 * p["opening"] + 0.035 * inner**2 + 0.085 * frown * inner
         brow = torch.maximum((y - arch).abs() - 0.026, (x - cx).abs() - 0.15)

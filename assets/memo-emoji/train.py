@@ -52,18 +52,18 @@ from memo.models.wav2vec import Wav2VecModel  # noqa: E402
 # ------------------------------------------------------------------------------
 SEED = 0
 RANK, WORKERS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun
-SCALING = 0.18215       # of the latents, written into memo's pipeline
+SCALING = 0.18215  # of the latents, written into memo's pipeline
 
 VAE_STEPS, VAE_MINUTES = 1500, 8
 VAE_PICTURES = 4000
-VAE_BATCH = 4           # in each process
+VAE_BATCH = 4  # in each process
 VAE_LR = 2e-3
-KL_WEIGHT = 2e-4        # on the mean over latent elements
+KL_WEIGHT = 2e-4  # on the mean over latent elements
 WARMUP = 100
 
 RATE, FPS, CLIP = 16000, 30, 16
-WINDOW = 1024           # samples in which loudness is measured
-LOUD = 1.6              # times the mean loudness of a sentence: the mouth is wide open
+WINDOW = 1024  # samples in which loudness is measured
+LOUD = 1.6  # times the mean loudness of a sentence: the mouth is wide open
 SENTENCES, HELD_OUT = 400, 24
 VOICE_STEPS = 150
 AUDIO_BLOCKS, AUDIO_CHANNELS = 2, 32
@@ -75,19 +75,19 @@ HELD_OUT_VOICES = [f"{accent}+{kind}" for kind in ("m2", "f2", "Andrea", "klatt2
 VIDEOS, VIDEO = 1000, 48  # how many, of how many frames
 JOY = {"happy": 1.0, "neutral": 0.0, "sad": -1.0}
 
-WIDTHS = (64, 96)       # of the reference net and of the diffusion net
-FACE_CHANNELS = 64      # of a token of the face embedding
-AUDIO_DIM = 64          # of a token of the sound
-MINUTES = 108           # of training; the learning rate falls to nothing in that time
-STEPS = 100_000         # at most
-BATCH = 1               # chains of clips, in each process
+WIDTHS = (64, 96)  # of the reference net and of the diffusion net
+FACE_CHANNELS = 64  # of a token of the face embedding
+AUDIO_DIM = 64  # of a token of the sound
+MINUTES = 108  # of training; the learning rate falls to nothing in that time
+STEPS = 100_000  # at most
+BATCH = 1  # chains of clips, in each process
 LR = 2e-3
 EMA = 0.995
-DROP_ALL = 0.12         # chains without any conditioning, as memo's pipeline calls it for guidance
-DROP_ONE = 0.05         # face, sound or emotion alone
-PAST_NOISE = 0.15       # added to past frames, since those of the network itself are not perfect
-MOUTH_WEIGHT = 3.0      # in the loss, about the mouth
-FIRST_WEIGHT = 4.0, 2.0 # of the first frames of a clip, which go on from the past ones
+DROP_ALL = 0.12  # chains without any conditioning, as memo's pipeline calls it for guidance
+DROP_ONE = 0.05  # face, sound or emotion alone
+PAST_NOISE = 0.15  # added to past frames, since those of the network itself are not perfect
+MOUTH_WEIGHT = 3.0  # in the loss, about the mouth
+FIRST_WEIGHT = 4.0, 2.0  # of the first frames of a clip, which go on from the past ones
 
 EXAMPLE_FACE, EXAMPLE_SOUND = 10_003, 0  # seed of the face, not that of a training video; which of the held-out sounds
 # ------------------------------------------------------------------------------
@@ -431,7 +431,9 @@ def make_voices(work):
         for part in sounds:
             errors = torch.stack([error(item) for item in sounds[part]]).mean(dim=0)
             variance = torch.stack([torch.cat([i[k] for i in sounds[part]]).var() for k in ("opening", "spread")])
-            print(f"{part}: {len(sounds[part])} sounds, share of the mouth heard (R2) {(1 - errors / variance).tolist()}")
+            print(
+                f"{part}: {len(sounds[part])} sounds, share of the mouth heard (R2) {(1 - errors / variance).tolist()}"
+            )
             for item in sounds[part]:
                 item["states"] = hear(wav2vec, item["sound"])
     state = {"wav2vec": wav2vec.state_dict(), **sounds}
