@@ -24,10 +24,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
 # ------------------------------------------------------------------------------
-REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.7x fewer passes (20 steps, see README)
+REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.7x fewer passes (talking emoji, 20 steps)
 COMPUTED_STEPS = None  # instead of the threshold: compute exactly this many steps of each clip, say 10 of 20
 TOLERANCE = None  # instead: compute when the expected error of skipping, summed over time, reaches this, say 0.003
-ORDER = 1  # skipped steps under a threshold. 0: add the last residual (TeaCache) | 1: extrapolate, see README
+ORDER = 1  # skipped steps under a threshold. 0: add the last residual | 1: extrapolate, chosen on the talking emoji
 NUM_INFERENCE_STEPS = 20  # for apply_teacache; the command line takes inference_steps from CONFIG
 SEED = 42
 CONFIG = "configs/inference.yaml"  # these three are looked for here, then in the folder of memo
@@ -422,7 +422,7 @@ def parse_args(argv=None, extend=lambda parser: None):
         check_settings(args.config.inference_steps, **args.limits)
         args.output_dir.mkdir(parents=True, exist_ok=True)
     except ImportError as error:
-        parser.error(f"{error}: git clone https://github.com/memoavatar/memo ../memo && pip install -e ../memo")
+        parser.error(f"{error}: see Installation in README.md, git clone https://github.com/memoavatar/memo")
     except Exception as error:  # of the files, the config or the settings
         parser.error(" ".join(str(error).split()))
     args.output = args.output_dir / f"{args.input_image.name.split('.')[0]}_{args.input_audio.name.split('.')[0]}.mp4"

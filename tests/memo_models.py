@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from TeaCache4Memo.teacache_memo import DAMPING, ORDER, import_memo, set_memory_processors
+from TeaCache4Memo.teacache_memo import DAMPING, import_memo, set_memory_processors
 
 memo = import_memo()
 import memo as package  # noqa: E402
@@ -178,7 +178,7 @@ def denoise(model, clip, steps=8, first=True, before_step=None, cast=False, time
 class Oracle:
     """TeaCache for MEMO written a second time, around the stock forward, for one clip from its first step."""
 
-    def __init__(self, model, thresh, num_steps, coefficients=(1.0, 0.0), order=ORDER, computed_steps=None):
+    def __init__(self, model, thresh, num_steps, coefficients=(1.0, 0.0), *, order, computed_steps=None):
         self.model, self.thresh, self.num_steps, self.budget = model, thresh, num_steps, computed_steps
         self.order = order if computed_steps is None else 1
         self.poly, self.accumulated = np.poly1d(coefficients), 0.0
@@ -237,11 +237,9 @@ def stock(model):
     return lambda *args, **kwargs: STOCK_FORWARD(model, *args, **kwargs)
 
 
-def oracle_run(
-    model, clip, thresh=0.0, num_steps=8, coefficients=(1.0, 0.0), order=ORDER, computed_steps=None, **kwargs
-):
+def oracle_run(model, clip, thresh=0.0, num_steps=8, coefficients=(1.0, 0.0), *, order, computed_steps=None, **kwargs):
     """Outputs, latents and schedule that TeaCache should give in a fresh process."""
-    oracle = Oracle(model, thresh, num_steps, coefficients, order, computed_steps)
+    oracle = Oracle(model, thresh, num_steps, coefficients, order=order, computed_steps=computed_steps)
     return *denoise(oracle, clip, **kwargs), oracle.schedule
 
 

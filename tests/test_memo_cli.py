@@ -383,7 +383,7 @@ def test_without_memo(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert "git clone https://github.com/memoavatar/memo" in done.stderr and "pip install -e ../memo" in done.stderr
+    assert "git clone https://github.com/memoavatar/memo" in done.stderr and "see Installation" in done.stderr
 
 
 def test_the_snippet_of_the_front_page(here):

@@ -165,16 +165,17 @@ MORE = [{}, {"guided": False}, {"mask_cond_fea": 3 * torch.ones(2, 32, 2, 4, 4)}
 
 @pytest.mark.parametrize("more", MORE, ids=["plain", "no guidance", "mask_cond_fea", "bfloat16"])
 @pytest.mark.parametrize("centered", [False, True])
-def test_a_skipped_step_adds_the_last_residual(model, more, centered):
+@pytest.mark.parametrize("order", [0, 1])
+def test_steps_are_those_of_the_oracle(model, more, centered, order):
     """Every output is the oracle's, bit for bit, at several thresholds: computed ones are the stock forward's."""
     model.register_to_config(center_input_sample=centered)
     clip, counts = Clip(**more), []
     model.to(clip.dtype)
     length = path_length(model, clip)
     for share in (0.1, 0.35, 9):
-        expected, latents, schedule = oracle_run(model, clip, share * length)
+        expected, latents, schedule = oracle_run(model, clip, share * length, order=order)
         expected_memory = memory(model)
-        apply_teacache(model, STEPS, share * length)
+        apply_teacache(model, STEPS, share * length, order=order)
         assert equal(denoise(model, clip), (expected, latents))
         assert equal(memory(model), expected_memory) and model.teacache.schedule == schedule
         counts.append(sum(schedule))

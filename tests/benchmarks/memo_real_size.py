@@ -35,8 +35,9 @@ MOTION = {
 }
 WAYS = {  # thresholds that everything and nothing reaches: all steps computed, all but first and last skipped
     "stock": None,
-    "computed, threshold": {"rel_l1_thresh": 1e-12, "coefficients": [1.0]},
-    "skipped, threshold, order 0": {"rel_l1_thresh": 1e12},
+    "computed, threshold": {"rel_l1_thresh": 1e-12, "coefficients": [1.0], "order": 0},
+    "skipped, threshold, order 0": {"rel_l1_thresh": 1e12, "order": 0},
+    "skipped, threshold, order 1": {"rel_l1_thresh": 1e12, "order": 1},
     "skipped, computed_steps": {"computed_steps": 2},
     "half of the steps": {"computed_steps": None},
 }
