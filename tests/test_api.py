@@ -151,6 +151,7 @@ def test_defaults_and_what_is_positional(machine, monkeypatch):
         model = script.apply_teacache(machine.model(), *args, **kwargs)
         return [vars(model).get(name) for name in script.DEFAULTS]
 
+    assert script.ORDER == {"teacache_lumina2": 0, "teacache_memo": 1}[script.__name__.rpartition(".")[2]]
     n, coefficients, order = script.NUM_INFERENCE_STEPS, script.COEFFICIENTS, script.ORDER
     assert values() == [True, n, None, coefficients, order, None, None]
     assert values(9, 0.2, [1.0], 1 - order) == [True, 9, 0.2, [1.0], 1 - order, None, None]

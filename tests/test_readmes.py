@@ -112,6 +112,15 @@ def test_the_line_of_the_threshold(page, script):
     assert path.read_text(encoding="utf-8").splitlines()[int(number) - 1].startswith("REL_L1_THRESH = ")
 
 
+def test_the_table_of_the_front_page():
+    """Each figure is one of the benchmarks' page."""
+    rows = [line for line in FRONT.splitlines() if line.startswith("| ") and "Lumina2: passes" not in line]
+    figures = [figure for row in rows for figure in re.findall(r"\d+\.\d+", row)]
+    assert len(figures) > 50 and not [
+        f for f in figures if not re.search(rf"(?<![\d.]){re.escape(f)}(?!\d)", TEXT[PAGES[-1]])
+    ]
+
+
 def test_what_the_founding_readmes_document():
     """Latency tables, speedups, attributes, commands, paper."""
     facts = "~97.74 s|~93.19 s|~84.72 s|~78.43 s|1.05x|1.15x|1.25x|1024 x 1536|liu2024timestep|cnt = 0|num_steps|"
