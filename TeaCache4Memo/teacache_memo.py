@@ -1,22 +1,43 @@
 """TeaCache (arXiv 2411.19108) for MEMO, the talking-head model: training-free caching, in one self-contained script.
 
-MEMO (arXiv 2412.04448) makes video of a portrait and a voice, in clips of 16 frames. When the features of its first
-convolution have barely changed since the last computed step, TeaCache skips the blocks. The last two outputs are
-extrapolated (order 1), or the last residual is added again, as in the original TeaCache (order 0, threshold only).
+MEMO (arXiv 2412.04448) makes video of a portrait and a voice, in clips of 16 frames. It runs one network at 20 to 50
+timesteps of each clip, and little changes from one step to the next. TeaCache computes some of the steps and skips the
+others. One of three settings decides which:
 
-    python teacache_memo.py --input_image face.jpg --input_audio speech.wav     # or edit the constants below
-    from TeaCache4Memo.teacache_memo import apply_teacache  # no side effects
-    apply_teacache(pipeline.diffusion_net, num_steps=20, rel_l1_thresh=0.15)
+rel_l1_thresh, as published. x are the features of the first convolution. Their relative L1 change is added up over the
+steps since the last computed one, and as long as the sum is small,
+
+    sum of mean |x[i] - x[i-1]| / mean |x[i-1]|  <  rel_l1_thresh
+
+the blocks are skipped, and the residual of the last computed step (their output minus their input) is used again.
+
+computed_steps, a number of steps, or tolerance, an expected error. A skipped step runs no part of the network. The
+velocity is extrapolated from the last two computed ones, v0 at time t0 and v1 at time t1 (the damping is ours):
+
+    v(t) = v1 + a(g) (v1 - v0)        g = (t - t1) / (t1 - t0)        a(g) = g / (1 + DAMPING g)
+
+The first and the last step are always computed.
+
+    python teacache_memo.py --input_image face.jpg --input_audio speech.wav  # or edit the constants below
+
+    from TeaCache4Memo.teacache_memo import apply_teacache                   # importing changes nothing
+    apply_teacache(pipeline, rel_l1_thresh=0.15)
+    video = pipeline(...)                                                    # memo's VideoPipeline: one clip
+    print(pipeline.diffusion_net.teacache)                                   # 11 of 20 steps computed: X.X.X..X.X...
 """
 
 import argparse
+import functools
+import inspect
 import math
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,164 +48,21 @@ from safetensors.torch import load_file
 REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.7x fewer passes (talking emoji, 20 steps)
 COMPUTED_STEPS = None  # instead of the threshold: compute exactly this many steps of each clip, say 10 of 20
 TOLERANCE = None  # instead: compute when the expected error of skipping, summed over time, reaches this, say 0.003
-ORDER = 1  # skipped steps under a threshold. 0: add the last residual | 1: extrapolate, chosen on the talking emoji
-NUM_INFERENCE_STEPS = 20  # for apply_teacache; the command line takes inference_steps from CONFIG
+NUM_INFERENCE_STEPS = 20  # for a network alone; the command line takes inference_steps from CONFIG
 SEED = 42
 CONFIG = "configs/inference.yaml"  # these three are looked for here, then in the folder of memo
 INPUT_IMAGE = "assets/examples/dicaprio.jpg"
 INPUT_AUDIO = "assets/examples/speech.wav"
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "memo-emoji"  # a talking emoji, without a CUDA GPU
 MODEL = "memoavatar/memo"  # for load_pipeline; the command line takes model_name_or_path from CONFIG
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as CONFIG names them
+NETWORK = "diffusion_net"  # attribute of the pipeline that TeaCache is applied to
+
 COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: the identity, none was fitted for MEMO
 DAMPING = 0.25  # of the extrapolation, see Branch.forecast
-CURVATURE = 60.0  # initial estimate, see TeaCacheState.expected_error
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as CONFIG names them
+CURVATURE = 60.0  # initial error of the extrapolation over the square of its gap, see by_tolerance
+LONGEST_GAP = 0.2  # under a tolerance: time without a computed step, of 1 from noise to image
 # ------------------------------------------------------------------------------
-
-
-def import_memo():
-    """Namespace of memo's modules. memo imports xformers, used or not: if it is missing, a stub replaces it."""
-    stand_ins = {}
-    try:
-        import xformers.ops  # noqa: F401
-    except Exception:  # not installed, or not for this torch
-        stand_ins = {name: ModuleType(name) for name in ("xformers", "xformers.ops")}
-    sys.modules.update(stand_ins)
-    try:
-        from memo.models import attention_processor, audio_proj, image_proj, motion_module, unet_2d_condition, unet_3d
-        from memo.pipelines import video_pipeline
-    finally:
-        for name in stand_ins:
-            sys.modules.pop(name)
-    modules = attention_processor, audio_proj, image_proj, motion_module, unet_2d_condition, unet_3d, video_pipeline
-    return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
-
-
-DEFAULTS = {"enable_teacache": True, "num_steps": NUM_INFERENCE_STEPS, "rel_l1_thresh": REL_L1_THRESH}
-DEFAULTS |= {"coefficients": COEFFICIENTS, "order": ORDER, "computed_steps": COMPUTED_STEPS, "tolerance": TOLERANCE}
-try:
-    STOCK_FORWARD = globals().get("STOCK_FORWARD") or import_memo().UNet3DConditionModel.forward  # kept if reloaded
-except ImportError:  # memo is not installed
-    STOCK_FORWARD = None
-
-
-class Branch:
-    """The cache of one conditioning: two for guidance by two calls, one for guidance by a batch of two (MEMO)."""
-
-    def __init__(self, conditioning, layout):
-        self.conditioning, self.layout, self.step = conditioning, layout, -1  # step: the last that used this branch
-        self.modulated_input = None, None  # threshold only: (step, tensor)
-        self.residual = None  # order 0: output minus input of the blocks at the last computed step
-        self.history = []  # order 1: (timestep, output) of the last two computed steps
-        self.error = None  # order 1: relative L1 error of the forecast at the last computed step
-
-    def matches(self, conditioning, layout):
-        """Equal values match: a caller may recreate its tensors at every call."""
-        return self.layout == layout and all(
-            a is b or torch.is_tensor(a) and torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
-            for a, b in zip(self.conditioning, conditioning)
-        )
-
-    def remember(self, timestep, output):
-        earlier = [(t, x) for t, x in self.history if t < timestep]  # a step may be called twice
-        self.error = relative_l1(self.forecast(timestep), output) if len(earlier) == 2 else self.error
-        self.history = [*earlier[-1:], (timestep, output.clone())]  # the caller may write into its output
-
-    def forecast(self, timestep):
-        """Damped linear extrapolation: g times the last gap ahead, it advances g / (1 + DAMPING * g) times."""
-        t1, last = self.history[-1]
-        if len(self.history) == 1:
-            return last.clone()
-        t0, previous = self.history[0]
-        g = (timestep - t1) / (t1 - t0)
-        return last + (last - previous) * (g / (1 + DAMPING * g))
-
-
-class TeaCacheState:
-    """The running generation of a model. A new one starts when the timestep goes back or the conditioning changes."""
-
-    def __init__(self):
-        self.step, self.timestep, self.last_step = -1, -math.inf, False
-        self.timesteps, self.schedule = [], []  # one entry a step; schedule: True for a computed step
-        self.compute = None  # the decision for this step, shared by its branches; None: not made yet
-        self.accumulated = 0.0  # rescaled relative L1 change, or expected error, since the last computed step
-        self.curvature = CURVATURE  # error of the forecast over the square of the gap in time
-        self.branches = []
-
-    def advance(self, model, timestep, conditioning, latents):
-        """Read the settings, move to the step of this call (timesteps rise from 0 to 1) and return its branch."""
-        vars(self).update({name: getattr(model, name, default) for name, default in DEFAULTS.items()})
-        ahead = self.computed_steps is not None or self.tolerance is not None  # needs no modulated input
-        layout = latents.shape, latents.dtype, latents.device
-        if timestep != self.timestep:
-            branches = [b for b in self.branches if b.step == self.step and b.layout == layout]
-            known = any(b.conditioning[-1] is conditioning[-1] or b.matches(conditioning, layout) for b in branches)
-            if timestep < self.timestep or not known:
-                if (timestep > self.timestep) if self.last_step else self.step >= 0:
-                    ran = f"the last generation ran {self.step + 1 + self.last_step} steps"
-                    warnings.warn(f"TeaCache: {ran}, num_steps is {self.num_steps} (or interrupted)", stacklevel=3)
-                self.__init__()
-                branches = []
-            self.branches, self.step, self.timestep, self.compute = branches, self.step + 1, timestep, None
-            self.timesteps.append(timestep)
-        self.last_step = self.step >= self.num_steps - 1
-        self.branches = [] if self.last_step else self.branches
-        self.caching = not self.last_step and (ahead or self.rel_l1_thresh > 0)
-        self.order = self.order if self.caching and not ahead else 1
-        nearest = sorted(self.branches, key=lambda b: b.conditioning[-1] is not conditioning[-1])  # same object first
-        branch = next((b for b in nearest if b.matches(conditioning, layout)), Branch(conditioning, layout))
-        self.branches += [branch] if not self.last_step and branch not in self.branches else []
-        branch.step = self.step
-        return branch
-
-    def decide(self, branch, modulated_input=None, force=False):
-        """Whether this call runs the blocks; None: a threshold needs the `modulated_input` first."""
-        needed = force or not self.caching or (not branch.history if self.order else branch.residual is None)
-        if self.compute is None or self.step == 0:  # in step 0 an interrupted generation may begin again
-            if self.caching and self.computed_steps is not None:
-                needed = needed or is_due(self.timesteps, self.schedule, self.num_steps, self.computed_steps)
-            elif self.caching:
-                if self.tolerance is not None:
-                    change, limit = self.expected_error(), self.tolerance
-                elif modulated_input is None:
-                    return None
-                else:
-                    (seen, previous), branch.modulated_input = branch.modulated_input, (self.step, modulated_input)
-                    change = relative_l1(modulated_input, previous).item() if seen == self.step - 1 else math.nan
-                    change, limit = np.polyval(self.coefficients, change), self.rel_l1_thresh
-                self.accumulated += change
-                needed = needed or not self.accumulated < limit  # NaN: compute
-            self.compute, self.accumulated = needed, 0.0 if needed else self.accumulated
-            self.schedule[self.step :] = [needed]
-        return self.compute or needed
-
-    def expected_error(self):
-        """What a skip would add: it grows with the square of the time since the last computed step."""
-        computed = [t for t, c in zip(self.timesteps, self.schedule) if c]
-        if len(computed) < 2 or self.timestep - computed[-1] > 0.2:
-            return math.inf
-        if self.schedule[-1] and (errors := [b.error for b in self.branches if b.error is not None]):
-            error = torch.stack(errors).max().item()  # synchronizes with the GPU
-            self.curvature = max(error / (computed[-1] - computed[-2]) ** 2, 0.8 * self.curvature)
-        return (self.timestep - self.timesteps[-2]) * self.curvature * (self.timestep - computed[-1]) ** 2
-
-
-def relative_l1(new, old):
-    """mean |new - old| / mean |old|, accumulated in float32; a tensor."""
-    return (new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)
-
-
-def is_due(timesteps, schedule, num_steps, budget):
-    """Whether to compute the step at timesteps[-1]: spreads the remaining budget evenly over the remaining way."""
-    start = timesteps[0]  # position: 0 at the first step and 1 at the end, the mean of step index and timestep
-    position = [(i / num_steps + (t - start) / ((1 - start) or 1.0)) / 2 for i, t in enumerate(timesteps)]
-    step = len(timesteps) - 1
-    left, steps_left = budget - sum(schedule), num_steps - step
-    if step == 0 or left <= 1 or steps_left <= left:
-        return step == 0 or steps_left <= max(left, 1)
-    pace = position[step] - position[step - 1]
-    last = position[max(i for i, computed in enumerate(schedule) if computed)]
-    return position[step] + pace / 2 >= last + (1 - pace - last) / left  # 1 - pace: about where the last step is
 
 
 def teacache_forward(
@@ -205,97 +83,627 @@ def teacache_forward(
     is_new_audio=True,  # the memory of past frames starts afresh
     update_past_memory=False,  # the memory takes in the past frames; such a call is always computed
 ):
-    """`UNet3DConditionModel.forward` (memo, commit a5aee30) with TeaCache: the velocity, shaped like the latents.
+    """`UNet3DConditionModel.forward` (memo, commit a5aee30) with TeaCache: the velocity, shaped as the latents.
 
-    Settings are read from the instance or its class, see DEFAULTS; the state is `self.teacache`, on the instance. With
-    gradients, at threshold 0, if not `enable_teacache`, and in a computed step, the stock forward runs.
+    Settings are read from the instance or its class, see `read_settings`; the state is `self.teacache`, on the
+    instance. With gradients, at threshold 0 or without `enable_teacache`, every step is computed and nothing is kept.
     """
-    inputs = {**locals(), "return_dict": False}
-    if torch.is_grad_enabled() or not getattr(self, "enable_teacache", True):
-        vars(self).pop("teacache", None)  # the cache would be stale at the next call
-        return STOCK_FORWARD(**{**inputs, "return_dict": return_dict})
+    from memo.models.unet_3d import UNet3DConditionOutput  # here, so that this file can be imported without memo
 
-    # TeaCache, before the network: a decision that needs no modulated input
-    cache = vars(self).setdefault("teacache", TeaCacheState())
-    times = [torch.as_tensor(t).double().mean() for t in (timestep if isinstance(timestep, list) else [timestep])]
+    # ---- TeaCache: a step that is skipped by extrapolation runs no part of the network ----
+    times = [
+        torch.as_tensor(t).double().mean().item() for t in (timestep if isinstance(timestep, list) else [timestep])
+    ]
     conditioning = [encoder_hidden_states, audio_embedding, audio_emotion, class_labels, mask_cond_fea, attention_mask]
-    conditioning += [uc_mask, ref_features["mid"][0][0][0]]  # the last: one object throughout a clip
-    branch = cache.advance(self, 1 - sum(times).item() / len(times) / 1000, conditioning, sample)
-    compute = cache.decide(branch, force=update_past_memory)
+    conditioning += [uc_mask, ref_features["mid"][0][0][0]]  # the last is one object throughout a clip
+    cache, branch = begin_call(self, 1 - sum(times) / len(times) / 1000, conditioning, sample)
+    if cache.extrapolates and not should_calc(cache, branch, force=update_past_memory):
+        sample = branch.forecast(cache.timesteps[-1])
+        return UNet3DConditionOutput(sample=sample) if return_dict else (sample,)
+    # ---- end of TeaCache ----
+
+    # sizes that cannot be halved at every level: the up blocks are told theirs
+    forward_upsample_size = any(size % 2**self.num_upsamplers for size in sample.shape[-2:])
+    upsample_size = None
+
+    # prepare attention_mask
+    if attention_mask is not None:
+        attention_mask = (1 - attention_mask.to(sample.dtype)) * -10000.0
+        attention_mask = attention_mask.unsqueeze(1)  # (batch * frames, 1, tokens)
+
+    # center input if necessary
+    if self.config.center_input_sample:
+        sample = 2 * sample - 1.0
+
+    # time
+    t_emb_list = []
+    for timesteps in timestep if isinstance(timestep, list) else [timestep]:
+        if not torch.is_tensor(timesteps):
+            kind = "float" if isinstance(timestep, float) else "int"  # in a list stock cuts the fraction off
+            bits = 32 if sample.device.type == "mps" else 64
+            timesteps = torch.tensor([timesteps], dtype=getattr(torch, f"{kind}{bits}"), device=sample.device)
+        elif timesteps.ndim == 0:
+            timesteps = timesteps[None].to(sample.device)
+        t_emb_list.append(self.time_proj(timesteps.expand(sample.shape[0])))
+    t_emb = torch.stack(t_emb_list, dim=1) if isinstance(timestep, list) else t_emb_list[0]
+    emb = self.time_embedding(t_emb.to(dtype=self.dtype))
+
+    if self.class_embedding is not None:
+        if class_labels is None:
+            raise ValueError("class_labels should be provided when num_class_embeds > 0")
+        if self.config.class_embed_type == "timestep":
+            class_labels = self.time_proj(class_labels)
+        emb = emb + self.class_embedding(class_labels).to(dtype=self.dtype)
 
     # pre-process
-    if compute is None or cache.order == 0:
-        features = self.conv_in(2 * sample - 1.0 if self.config.center_input_sample else sample)
-        features = features if mask_cond_fea is None else features + mask_cond_fea  # (batch, channels, frames, ...)
+    sample = self.conv_in(sample)  # (batch, channels, frames, height, width)
+    if mask_cond_fea is not None:
+        sample = sample + mask_cond_fea
 
-    # ---- TeaCache: the departure from stock, whose down, mid and up blocks run at every step ----
-    if compute is None:
-        compute = cache.decide(branch, modulated_input=features, force=update_past_memory)
-    if compute:
-        hidden = []  # the output of the blocks is the input of conv_norm_out
-        hook = self.conv_norm_out.register_forward_pre_hook(lambda module, args: hidden.append(args[0]))
-        try:
-            sample = STOCK_FORWARD(**inputs)[0]
-        finally:
-            hook.remove()
-        if cache.order == 0:
-            branch.residual = hidden[0] - features
-        elif cache.caching:
-            branch.remember(cache.timestep, sample)
-    elif cache.order == 0:
-        sample = self.conv_out(self.conv_act(self.conv_norm_out(features + branch.residual)))  # post-process
+    # ---- TeaCache: stock runs the blocks at every step ----
+    if cache.needs_modulated_input:
+        cache.accumulate(branch, modulated_input=sample)
+    if should_calc(cache, branch, force=update_past_memory):
+        original_sample = sample
+        memory = {"is_new_audio": is_new_audio, "update_past_memory": update_past_memory}
+        for_all = {"temb": emb, "encoder_hidden_states": encoder_hidden_states, **memory}
+        for_attention = {"attention_mask": attention_mask, "emotion": audio_emotion, "uc_mask": uc_mask}
+
+        # down
+        down_block_res_samples = (sample,)
+        for i, downsample_block in enumerate(self.down_blocks):
+            inputs = {"hidden_states": sample, "ref_feature_list": ref_features["down"][i], **for_all}
+            if getattr(downsample_block, "has_cross_attention", False):
+                sample, res_samples, audio_embedding = downsample_block(
+                    audio_embedding=audio_embedding, **inputs, **for_attention
+                )
+            else:
+                sample, res_samples = downsample_block(**inputs)
+            down_block_res_samples += res_samples
+
+        if down_block_additional_residuals is not None:
+            pairs = zip(down_block_res_samples, down_block_additional_residuals)
+            down_block_res_samples = tuple(res_sample + additional for res_sample, additional in pairs)
+
+        # mid
+        sample, audio_embedding = self.mid_block(
+            sample, ref_feature_list=ref_features["mid"][0], audio_embedding=audio_embedding, **for_all, **for_attention
+        )
+        if mid_block_additional_residual is not None:
+            sample = sample + mid_block_additional_residual
+
+        # up
+        for i, upsample_block in enumerate(self.up_blocks):
+            is_final_block = i == len(self.up_blocks) - 1
+            res_samples = down_block_res_samples[-len(upsample_block.resnets) :]
+            down_block_res_samples = down_block_res_samples[: -len(upsample_block.resnets)]
+            if not is_final_block and forward_upsample_size:
+                upsample_size = down_block_res_samples[-1].shape[2:]
+
+            inputs = {"hidden_states": sample, "ref_feature_list": ref_features["up"][i], **for_all}
+            inputs |= {"res_hidden_states_tuple": res_samples, "upsample_size": upsample_size}
+            if getattr(upsample_block, "has_cross_attention", False):
+                sample, audio_embedding = upsample_block(audio_embedding=audio_embedding, **inputs, **for_attention)
+            else:
+                sample = upsample_block(**inputs)
+        residual = sample - original_sample
     else:
-        sample = branch.forecast(cache.timestep)
-    # ---- end of the departure ----
-    return STOCK_FORWARD.__globals__["UNet3DConditionOutput"](sample=sample) if return_dict else (sample,)
+        residual = branch.previous_residual
+        sample = sample + residual
+    # ---- end of TeaCache ----
+
+    # post-process
+    sample = self.conv_norm_out(sample)
+    sample = self.conv_act(sample)
+    sample = self.conv_out(sample)
+
+    cache.end_call(branch, residual, sample)  # TeaCache: keep what a skipped step will use
+    return UNet3DConditionOutput(sample=sample) if return_dict else (sample,)
+
+
+def should_calc(cache, branch, force=False):
+    """Whether this call runs the blocks. The first call of a step decides for all of them.
+
+    A call that has nothing to reuse, or that must not be skipped (`force`), is computed whatever was decided.
+    """
+    if cache.rule is None:  # threshold 0, the last step, or switched off
+        return True
+    needed = force or branch.is_empty
+    if cache.schedule[-1] is None:  # not decided yet
+        cache.schedule[-1] = needed or cache.rule(cache)
+        if cache.schedule[-1]:
+            cache.accumulated_rel_l1_distance = 0.0
+    return needed or cache.schedule[-1]
+
+
+def by_threshold(cache):
+    """TeaCache as published: compute when the accumulated change has reached the threshold."""
+    return not cache.accumulated_rel_l1_distance < cache.settings.rel_l1_thresh  # NaN: compute
+
+
+def by_budget(cache):
+    """Compute exactly `computed_steps` steps: spread those that are left evenly over the rest of the way."""
+    step, left = cache.step, cache.settings.computed_steps - cache.schedule.count(True)
+    if step == 0 or cache.num_steps - step <= max(left, 1):  # the first, and as many at the end as are left
+        return True
+    if left <= 1:  # kept for the last step
+        return False
+    way = cache.way()
+    pace = way[step] - way[step - 1]
+    last_computed = max(w for w, computed in zip(way, cache.schedule) if computed)
+    last_step = 1 - pace  # about
+    return way[step] + pace / 2 >= last_computed + (last_step - last_computed) / left
+
+
+def by_tolerance(cache):
+    """Compute when the errors expected of the steps since the last computed one add up to the tolerance.
+
+    The error of the extrapolation grows with the square of the gap; `cache.curvature` is their ratio, as measured.
+    """
+    computed = [t for t, c in zip(cache.timesteps, cache.schedule) if c]
+    if len(computed) < 2 or cache.timesteps[-1] - computed[-1] > LONGEST_GAP:
+        return True
+    expected = 0.0
+    for previous, t in zip(cache.timesteps, cache.timesteps[1:]):
+        if t > computed[-1]:
+            expected += (t - previous) * cache.curvature * (t - computed[-1]) ** 2
+    return not expected < cache.settings.tolerance
+
+
+def relative_l1(new, old):
+    """mean |new - old| / mean |old|, accumulated in float32; a tensor."""
+    return (new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)
+
+
+def rescale(change, coefficients):
+    """The published polynomial of a change; infinite, so that the step is computed, beyond where it falls below zero.
+
+    It was not fitted to such changes: the more changed, the more would be skipped.
+    """
+    roots = [root.real for root in np.roots(coefficients) if root.imag == 0 and root.real > 0]
+    falls = [root for root in roots if np.polyval(np.polyder(coefficients), root) < 0]
+    if change > min(falls, default=math.inf):
+        return math.inf
+    return np.polyval(coefficients, change)
+
+
+class Branch:
+    """What is cached of one call in each step. Guidance by two calls, with the prompt and without, has two branches."""
+
+    def __init__(self, conditioning, layout, step):
+        self.conditioning = conditioning  # tensors, by which its call is found in the next step
+        self.layout = layout  # shape, dtype and device of the latents
+        self.step = step  # the last one in which it was called
+        self.previous_residual = None  # with a threshold: output minus input of the blocks, last computed step
+        self.outputs = []  # with extrapolation: (timestep, output) of the last two computed steps
+        self.error = None  # with extrapolation: its relative L1 error at the last computed step, a tensor
+
+    @property
+    def is_empty(self):
+        return self.previous_residual is None and not self.outputs
+
+    def matches(self, conditioning):
+        """Equal values match: a caller may create its tensors anew at every call."""
+        return all(
+            a is b or torch.is_tensor(a) and torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+            for a, b in zip(self.conditioning, conditioning)
+        )
+
+    def remember(self, timestep, output):
+        """Keep the output of a computed step, and how far the extrapolation would have been from it."""
+        earlier = [(t, v) for t, v in self.outputs if t < timestep]  # timesteps of a scheduler may repeat
+        self.error = relative_l1(self.forecast(timestep), output) if len(earlier) == 2 else None
+        self.outputs = [*earlier[-1:], (timestep, output.clone())]  # the caller may write into its output
+
+    def forecast(self, timestep):
+        """v1 + a(g) (v1 - v0), see above: g gaps ahead of the last computed step it advances a(g) times, damped."""
+        t1, v1 = self.outputs[-1]
+        if len(self.outputs) == 1:
+            return v1.clone()
+        t0, v0 = self.outputs[0]
+        g = (timestep - t1) / (t1 - t0)
+        return v1 + (v1 - v0) * (g / (1 + DAMPING * g))
+
+
+class Settings(NamedTuple):
+    """What holds for a step, see `read_settings`."""
+
+    num_steps: int
+    coefficients: list
+    rel_l1_thresh: float | None
+    computed_steps: int | None
+    tolerance: float | None
+
+    @property
+    def rule(self):
+        """What decides which steps are computed; None: all are."""
+        if self.computed_steps is not None:
+            return by_budget
+        if self.tolerance is not None:
+            return by_tolerance
+        return by_threshold if self.rel_l1_thresh > 0 else None
+
+
+def read_settings(model):
+    """The attributes of the model, else of its class. Where none of the three limits is set, the constants hold."""
+    limits = [getattr(model, name, None) for name in ("rel_l1_thresh", "computed_steps", "tolerance")]
+    num_steps, coefficients = getattr(model, "num_steps", None), getattr(model, "coefficients", None)
+    return Settings(
+        NUM_INFERENCE_STEPS if num_steps is None else num_steps,
+        COEFFICIENTS if coefficients is None else coefficients,
+        *limits_or_constants(*limits),
+    )
+
+
+def limits_or_constants(rel_l1_thresh=None, computed_steps=None, tolerance=None):
+    if rel_l1_thresh is computed_steps is tolerance is None:
+        return REL_L1_THRESH, COMPUTED_STEPS, TOLERANCE
+    return rel_l1_thresh, computed_steps, tolerance
+
+
+class TeaCacheState:
+    """One generation of a network: `print(model.teacache)` shows which steps were computed."""
+
+    def __init__(self):
+        self.timesteps = []  # of the steps so far: 0 is noise, 1 the image
+        self.schedule = []  # one entry a step: True if computed, False if skipped, None while not decided
+        self.num_steps = None  # of the whole generation
+        self.settings = None  # those of the running step
+        self.rule = None  # by_threshold, by_budget, by_tolerance, or None: every step is computed
+        self.accumulated_rel_l1_distance = 0.0  # since the last computed step
+        self.previous_modulated_input = None  # of the last step,
+        self.observed_branch = None  # in this branch
+        self.curvature = CURVATURE  # error of the extrapolation over the square of its gap
+        self.branches = []
+        self.ticks = None  # of the pipeline's clock, when the running step began
+        self.thread = threading.get_ident()
+
+    def __repr__(self):
+        marks = "".join({True: "X", False: ".", None: "?"}[computed] for computed in self.schedule)
+        return f"{self.schedule.count(True)} of {len(self.schedule)} steps computed: {marks}"
+
+    @property
+    def step(self):
+        return len(self.timesteps) - 1
+
+    @property
+    def is_last_step(self):
+        return self.num_steps is not None and self.step >= self.num_steps - 1
+
+    @property
+    def extrapolates(self):
+        return self.rule in (by_budget, by_tolerance)
+
+    @property
+    def needs_modulated_input(self):
+        """In the first call of a step, with a threshold."""
+        return self.rule is by_threshold and self.schedule[-1] is None
+
+    def way(self):
+        """How far each step is from noise (0) to image (1): the mean of its index and its timestep."""
+        start = self.timesteps[0]
+        span = (1 - start) or 1.0
+        return [(i / self.num_steps + (t - start) / span) / 2 for i, t in enumerate(self.timesteps)]
+
+    def is_over(self, timestep, conditioning, layout):
+        """Whether this call begins another generation, as far as calls alone can tell."""
+        if not self.timesteps:
+            return False
+        if timestep < self.timesteps[-1] or self.was_interrupted:
+            return True
+        return timestep > self.timesteps[-1] and not self.knows(conditioning, layout)
+
+    @property
+    def was_interrupted(self):
+        """A call that came to its end has left something."""
+        return self.rule is not None and any(branch.is_empty for branch in self.branches)
+
+    def knows(self, conditioning, layout):
+        """Whether the last step had a call with this conditioning, or with another of which the last tensor is the same."""
+        last = [branch for branch in self.branches if branch.step == self.step and branch.layout == layout]
+        return any(b.conditioning[-1] is conditioning[-1] or b.matches(conditioning) for b in last)
+
+    def begin_step(self, timestep, num_steps, settings, ticks=None):
+        if self.rule is by_tolerance:
+            self.measure_curvature()
+        self.branches = [branch for branch in self.branches if branch.step == self.step]  # the others have ended
+        self.timesteps.append(timestep)
+        self.num_steps, self.settings, self.ticks = num_steps, settings, ticks
+        rule = None if self.is_last_step else settings.rule
+        if rule is not self.rule or self.is_last_step:
+            self.free()
+        self.rule = rule
+        self.schedule.append(True if rule is None else None)
+
+    def free(self):
+        """Let go of all tensors: the last step needs none, and another rule needs others."""
+        self.branches = []
+        self.previous_modulated_input = self.observed_branch = None
+
+    def find_branch(self, conditioning, layout):
+        """The k-th call of a step with the same conditioning has its k-th branch: tiles, or several images at a time."""
+        unused = [branch for branch in self.branches if branch.step != self.step and branch.layout == layout]
+        same_object = [branch for branch in unused if branch.conditioning[-1] is conditioning[-1]]
+        for branch in same_object + unused:  # the same object first: comparing values waits for the GPU
+            if branch.matches(conditioning):
+                branch.step = self.step
+                return branch
+        branch = Branch(conditioning, layout, self.step)
+        if not self.is_last_step:
+            self.branches.append(branch)
+        return branch
+
+    def accumulate(self, branch, modulated_input):
+        """Add the rescaled change of the modulated input since the last step; NaN if that step did not have it."""
+        change = math.nan
+        if self.observed_branch is branch:
+            change = relative_l1(modulated_input, self.previous_modulated_input).item()
+        self.accumulated_rel_l1_distance += rescale(change, self.settings.coefficients)
+        self.previous_modulated_input, self.observed_branch = modulated_input, branch
+
+    def measure_curvature(self):
+        """After a computed step: from the largest error of its extrapolations, at least 0.8 of what it was."""
+        errors = [branch.error for branch in self.branches if branch.error is not None]
+        if self.schedule[-1] and errors:
+            t1, t2 = [t for t, computed in zip(self.timesteps, self.schedule) if computed][-2:]
+            error = torch.stack(errors).max().item()  # waits for the GPU
+            self.curvature = max(error / (t2 - t1) ** 2, 0.8 * self.curvature)
+
+    def end_call(self, branch, residual, output):
+        """Keep what a skipped step will use, at the end of a call: an interrupted one leaves its branch as it was."""
+        if self.rule is by_threshold:
+            branch.previous_residual = residual
+        elif self.extrapolates:
+            branch.remember(self.timesteps[-1], output)
+
+
+class Clock:
+    """The running generation of a pipeline, as its scheduler knows it; see `follow`."""
+
+    def __init__(self, scheduler):
+        self.scheduler = scheduler
+        self.ticks = 0  # grows whenever a step ends
+        self.remaining = []  # timesteps of the running step and of those ahead: 0 is noise, 1 the image
+        self.has_restarted = False  # the timesteps were set, and the network has not been called since
+
+    def restart(self):
+        length = getattr(self.scheduler.config, "num_train_timesteps", 1000)
+        self.remaining = [1 - t / length for t in self.scheduler.timesteps.tolist()]
+        self.has_restarted = True
+        self.ticks += 1
+
+    def start_at(self, timestep):
+        """The first call of a generation: image to image leaves out the steps before it."""
+        distances = [abs(t - timestep) for t in self.remaining]
+        self.remaining = self.remaining[distances.index(min(distances)) :]
+        self.has_restarted = False
+
+    def tick(self):
+        self.remaining = self.remaining[1:]
+        self.ticks += 1
+
+    def shows(self, timestep):
+        """Whether a call at this timestep is of the running step, and not of a loop with another scheduler."""
+        nearest = min(self.remaining, key=lambda t: abs(t - timestep), default=math.inf)
+        return abs(nearest - timestep) < 0.002 and nearest == self.remaining[0]  # bfloat16 rounds by 0.002
+
+
+def set_timesteps_and_restart(clock, stock, *args, **kwargs):
+    result = stock(*args, **kwargs)
+    clock.restart()
+    return result
+
+
+def step_and_tick(clock, stock, *args, **kwargs):
+    result = stock(*args, **kwargs)
+    clock.tick()
+    return result
+
+
+def follow(scheduler):
+    """Wrap two methods of this scheduler object, of which pipelines read the signatures. Returns the clock they move."""
+    clock = Clock(scheduler)
+    for name, wrapper in (("set_timesteps", set_timesteps_and_restart), ("step", step_and_tick)):
+        stock = getattr(scheduler, name)
+        setattr(scheduler, name, functools.update_wrapper(functools.partial(wrapper, clock, stock), stock))
+    return clock
+
+
+def unfollow(clock):
+    """Restore the methods. If somebody has wrapped them again, the clock runs on, and nobody reads it."""
+    for name in ("set_timesteps", "step"):
+        wrapper = vars(clock.scheduler).get(name)
+        if isinstance(wrapper, functools.partial) and wrapper.args[0] is clock:
+            stock = wrapper.args[1]
+            vars(clock.scheduler).pop(name)
+            if stock != getattr(clock.scheduler, name):
+                setattr(clock.scheduler, name, stock)  # wrapped by somebody before
+
+
+def begin_call(model, timestep, conditioning, latents):
+    """The generation and the branch of this call of the network.
+
+    timestep: 0 (noise) to 1. conditioning: tensors, or None, that tell the calls of one step apart; the last is one
+    object throughout a generation.
+    """
+    layout = latents.shape, latents.dtype, latents.device
+    if torch.is_grad_enabled() or not getattr(model, "enable_teacache", False):
+        cache = model.teacache = TeaCacheState()  # what was cached before this step would be too old after it
+        return cache, Branch(conditioning, layout, step=None)
+    clock = vars(model).get("teacache_clock")
+    cache = find_generation(model, clock, timestep, conditioning, layout)
+    settings = read_settings(model)
+    if clock is not None and clock.shows(timestep):
+        if cache.ticks != clock.ticks:
+            cache.begin_step(timestep, len(cache.timesteps) + len(clock.remaining), settings, clock.ticks)
+    elif not cache.timesteps or timestep != cache.timesteps[-1]:
+        cache.begin_step(timestep, settings.num_steps, settings)
+    return cache, cache.find_branch(conditioning, layout)
+
+
+def find_generation(model, clock, timestep, conditioning, layout):
+    """The running generation of the network, or a new one, which is then `model.teacache`."""
+    cache = vars(model).setdefault("teacache", TeaCacheState())
+    warn_of_threads(cache)
+    if clock is not None and clock.has_restarted:
+        clock.start_at(timestep)
+    elif clock is not None and clock.shows(timestep):
+        return cache
+    elif cache.is_over(timestep, conditioning, layout):
+        warn_of_steps(cache, timestep)
+    else:
+        return cache
+    model.teacache = TeaCacheState()
+    return model.teacache
+
+
+def warn_of_steps(cache, timestep):
+    """Of a network alone: `num_steps` was not the number of steps."""
+    too_many = cache.is_last_step and timestep > cache.timesteps[-1]
+    if too_many or not cache.is_last_step:
+        ran = f"the last generation ran {len(cache.timesteps) + too_many} steps"
+        warnings.warn(f"TeaCache: {ran}, num_steps is {cache.num_steps} (or interrupted)", stacklevel=4)
+
+
+def warn_of_threads(cache):
+    if cache.thread != threading.get_ident():
+        if cache.timesteps and not cache.is_last_step:
+            warnings.warn("TeaCache: two threads share a network; its images are wrong if both still run", stacklevel=4)
+        cache.thread = threading.get_ident()
 
 
 def apply_teacache(
-    model, num_steps=None, rel_l1_thresh=None, coefficients=None, order=ORDER, *, computed_steps=None, tolerance=None
+    model, num_steps=None, rel_l1_thresh=None, coefficients=None, *, computed_steps=None, tolerance=None
 ):
-    """Switch TeaCache on for `pipeline.transformer` or `pipeline.diffusion_net`, before or after offloading is enabled.
+    """Switch TeaCache on for a pipeline, or for its network alone, before or after offloading is enabled.
 
-    num_steps: the pipeline's `num_inference_steps`. rel_l1_thresh, computed_steps, tolerance: at most one of them; the
-    defaults, also of `order`, are the constants above. coefficients: of the polynomial that rescales changes for
-    rel_l1_thresh, highest power first. Returns the model. Raises ValueError for invalid settings.
+    model: with a pipeline, its scheduler tells where an image begins and how many steps it has (the scheduler that it
+    has now; one that is put in later is not followed). With the network alone, the calls must tell: then `num_steps`
+    must be `num_inference_steps`, and an image that was stopped in its first step must not be the last.
+    rel_l1_thresh, computed_steps, tolerance: at most one of them; the default is the constants above.
+    coefficients: of the polynomial for rel_l1_thresh, highest power first.
+
+    A network draws one image (or batch) at a time, unless several take turns in each step: threads need one each.
+    Returns `model`. Raises ValueError for settings or networks that cannot work.
     """
-    num_steps = NUM_INFERENCE_STEPS if num_steps is None else num_steps
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"give pipeline.transformer or pipeline.diffusion_net, not a {type(model).__name__}")
-    limits = {"rel_l1_thresh": rel_l1_thresh, "computed_steps": computed_steps, "tolerance": tolerance}
-    check_settings(num_steps, **limits)
+    network = find_network(model)
+    if network is model and num_steps is None:
+        num_steps = NUM_INFERENCE_STEPS
+    check_settings(num_steps, rel_l1_thresh, computed_steps, tolerance, coefficients)
     remove_teacache(model)
-    limits = limits if any(limit is not None for limit in limits.values()) else {}  # none: the constants above
-    slot = "_old_forward" if "_old_forward" in vars(model) else "forward"  # accelerate's offloading moves it there
-    vars(model).update(limits, enable_teacache=True, num_steps=num_steps, order=order)
-    model.coefficients = COEFFICIENTS if coefficients is None else coefficients
-    setattr(model, slot, MethodType(teacache_forward, model))
+    put_forward(network)
+    network.enable_teacache = True
+    network.num_steps = num_steps
+    network.rel_l1_thresh = rel_l1_thresh
+    network.coefficients = coefficients
+    network.computed_steps = computed_steps
+    network.tolerance = tolerance
+    network.teacache = TeaCacheState()
+    if network is not model:
+        network.teacache_clock = follow(model.scheduler)
     return model
 
 
 def remove_teacache(model):
-    """Restore the stock forward and free the cache. Returns the model."""
-    for slot in ("forward", "_old_forward"):
-        if getattr(vars(model).get(slot), "__func__", None) is teacache_forward:
-            vars(model).pop(slot)
-            if slot == "_old_forward":
-                model._old_forward = MethodType(type(model).forward, model)
-    for name in (*DEFAULTS, "teacache"):
-        vars(model).pop(name, None)
+    """Restore the stock forward and the scheduler, and free the cache. Returns `model`."""
+    network = find_network(model)
+    if "teacache_clock" in vars(network):
+        unfollow(network.teacache_clock)
+    found = [(holder, name) for holder, name in forward_slots(network) if is_teacache(vars(holder).get(name))]
+    for holder, name in found:
+        setattr(holder, name, MethodType(type(network).forward, network))
+    if (network, "forward") in found:
+        del network.forward  # the class has it
+    is_wrapped = "enable_teacache" in vars(network) and not found and "forward" in vars(network)
+    for name in (*Settings._fields, "enable_teacache", "teacache", "teacache_clock"):
+        vars(network).pop(name, None)
+    if is_wrapped:
+        network.enable_teacache = False  # a wrapper of somebody else holds our forward: it computes every step now
     return model
 
 
-def check_settings(num_steps, rel_l1_thresh=None, computed_steps=None, tolerance=None):
-    if not num_steps >= 1 or num_steps % 1:
+def find_network(model):
+    """The network of a pipeline, or the network itself: its forward has the parameters of ours."""
+    network = model if isinstance(model, torch.nn.Module) else getattr(model, NETWORK, None)
+    ours, theirs = (inspect.signature(forward).parameters for forward in (teacache_forward, type(network).forward))
+    if not isinstance(network, torch.nn.Module) or not set(ours) <= set(theirs):
+        name = type(network if isinstance(network, torch.nn.Module) else model).__name__
+        raise ValueError(
+            f"TeaCache is for a pipeline or its {NETWORK}, as loaded, not for a {name} (compile the blocks)"
+        )
+    return network
+
+
+def forward_slots(network):
+    """Where a forward of this network can be, as (object, attribute): hooks put theirs around it."""
+    yield network, "forward"
+    yield network, "_old_forward"  # accelerate
+    for hook in getattr(vars(network).get("_diffusers_hook"), "_fn_refs", []):
+        yield hook, "original_forward"
+        yield hook, "forward"
+
+
+def put_forward(network):
+    """Put `teacache_forward` in the place of the stock forward, inside of all hooks."""
+    slots = [(holder, name) for holder, name in forward_slots(network) if is_stock(vars(holder).get(name), network)]
+    if not slots and "forward" not in vars(network):
+        slots = [(network, "forward")]
+    for holder, name in slots:
+        setattr(holder, name, functools.partial(teacache_forward, network))  # unlike a bound method, it can be pickled
+    is_wrapped = "enable_teacache" in vars(network)  # see remove_teacache
+    if not slots and not is_wrapped:
+        raise ValueError(f"the forward of this {type(network).__name__} was replaced: apply TeaCache before that")
+
+
+def is_teacache(forward):
+    """By name: this module may have been reloaded, or imported under two names."""
+    function = getattr(forward, "func", None) or getattr(forward, "__func__", None)
+    return getattr(function, "__name__", None) == teacache_forward.__name__
+
+
+def is_stock(forward, network):
+    stock = [vars(cls).get("forward") for cls in type(network).__mro__]
+    return getattr(forward, "__self__", None) is network and forward.__func__ in stock
+
+
+def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, tolerance=None, coefficients=None):
+    """Raise ValueError for settings that cannot work; num_steps is None if the scheduler will tell."""
+    if num_steps is not None and (not num_steps >= 1 or num_steps % 1):
         raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
-    if rel_l1_thresh is computed_steps is tolerance is None:
-        rel_l1_thresh, computed_steps, tolerance = REL_L1_THRESH, COMPUTED_STEPS, TOLERANCE
-    elif [rel_l1_thresh, computed_steps, tolerance].count(None) < 2:
+    if [rel_l1_thresh, computed_steps, tolerance].count(None) < 2:
         raise ValueError("give only one of rel_l1_thresh, computed_steps and tolerance")
+    rel_l1_thresh, computed_steps, tolerance = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
     if any(limit is not None and not 0 <= limit < math.inf for limit in (rel_l1_thresh, tolerance)):
         raise ValueError("rel_l1_thresh and tolerance must be numbers of at least 0; 0 skips nothing")
-    if computed_steps is not None and computed_steps not in range(min(2, num_steps), num_steps + 1):
+    if computed_steps is not None and num_steps is None and (not computed_steps >= 1 or computed_steps % 1):
+        raise ValueError(f"computed_steps must be a whole number of at least 1, not {computed_steps}")
+    if None not in (computed_steps, num_steps) and computed_steps not in range(min(2, num_steps), num_steps + 1):
         raise ValueError(f"computed_steps must be 2 to {num_steps}, the number of steps, not {computed_steps}")
+    if coefficients is not None and not np.isfinite(coefficients).all():
+        raise ValueError(f"coefficients must be finite numbers, not {coefficients}")
+
+
+# ------------------------------------------------------------------------------
+# Running MEMO: loading, preparing, generating, the command line
+# ------------------------------------------------------------------------------
+
+
+def import_memo():
+    """Namespace of memo's modules. memo imports xformers, used or not: if it is missing, a stub replaces it."""
+    stand_ins = {}
+    try:
+        import xformers.ops  # noqa: F401
+    except Exception:  # not installed, or not for this torch
+        stand_ins = {name: ModuleType(name) for name in ("xformers", "xformers.ops")}
+    sys.modules.update(stand_ins)
+    try:
+        from memo.models import attention_processor, audio_proj, image_proj, motion_module, unet_2d_condition, unet_3d
+        from memo.pipelines import video_pipeline
+    finally:
+        for name in stand_ins:
+            sys.modules.pop(name)
+    modules = attention_processor, audio_proj, image_proj, motion_module, unet_2d_condition, unet_3d, video_pipeline
+    return SimpleNamespace(**{name: value for module in modules for name, value in vars(module).items()})
 
 
 def set_memory_processors(diffusion_net):
@@ -356,7 +764,7 @@ def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, **limi
     channels), `audio_emotion` (frames,). config: memo's configs/inference.yaml. clips: at most. limits: of TeaCache.
     Returns the frames, uint8 (frames, height, width, 3), the seconds that they took, and the schedule of all clips.
     """
-    apply_teacache(pipeline.diffusion_net, config.inference_steps, **limits)
+    apply_teacache(pipeline, **limits)
     size = config.num_generated_frames_per_clip
     settings = {"width": config.resolution, "height": config.resolution, "video_length": size}
     settings |= {"num_inference_steps": config.inference_steps, "guidance_scale": config.cfg_scale}
