@@ -49,7 +49,9 @@ def parse_args(argv=None):
             raise ValueError(f"{args.prompts} is empty; expected one prompt per line")
         args.output_dir.mkdir(parents=True, exist_ok=True)
         settings = {name: getattr(args, name) for name in SETTINGS}
-        settings["constants"] = {k: v for k, v in teacache_lumina2.DEFAULTS.items() if k != "num_steps"}
+        limits = teacache_lumina2.limits_or_constants(args.rel_l1_thresh, args.computed_steps, args.tolerance)
+        settings |= zip(("rel_l1_thresh", "computed_steps", "tolerance"), limits)
+        settings["coefficients"] = teacache_lumina2.COEFFICIENTS
         jobs = [{"prompt": prompt, "seed": args.seed + i, **settings} for i, prompt in enumerate(prompts)]
         args.paths = [args.output_dir / name(i, prompt) for i, prompt in enumerate(prompts)]
         args.jobs = [(path, job) for path, job in zip(args.paths, jobs) if not is_done(path, job)]

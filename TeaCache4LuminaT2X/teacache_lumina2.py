@@ -130,8 +130,7 @@ def teacache_forward(
 
     # ---- TeaCache: stock runs the layers at every step ----
     if cache.needs_modulated_input:
-        modulated_input = self.layers[0].norm1(hidden_states, temb)[0]
-        cache.accumulate(branch, modulated_input)
+        cache.accumulate(branch, modulated_input(self.layers[0], hidden_states, temb))
     if should_calc(cache, branch):
         original_hidden_states = hidden_states
         for layer in self.layers:
@@ -160,6 +159,20 @@ def teacache_forward(
 
     cache.end_call(branch, residual, output)  # TeaCache: keep what a skipped step will use
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def modulated_input(block, hidden_states, temb):
+    """`norm1` of a block, with the hooks of the block around it: group offloading loads its weights there."""
+    slots = [(holder, name) for holder, name in forward_slots(block) if is_stock(vars(holder).get(name), block)]
+    if not slots:
+        return block.norm1(hidden_states, temb)[0]
+    (holder, name), *_ = slots
+    stock = getattr(holder, name)
+    setattr(holder, name, lambda hidden_states, temb: block.norm1(hidden_states, temb)[0])
+    try:
+        return block(hidden_states, temb)
+    finally:
+        setattr(holder, name, stock)
 
 
 def should_calc(cache, branch, force=False):
@@ -286,9 +299,10 @@ class Settings(NamedTuple):
 
 
 def read_settings(model):
-    """The attributes of the model, else of its class. Where none of the three limits is set, the constants hold."""
+    """The attributes of the model, else of its class, else the constants: each of them may be edited at any time."""
+    num_steps = getattr(model, "num_steps", None)
+    coefficients = getattr(model, "coefficients", None)
     limits = [getattr(model, name, None) for name in ("rel_l1_thresh", "computed_steps", "tolerance")]
-    num_steps, coefficients = getattr(model, "num_steps", None), getattr(model, "coefficients", None)
     return Settings(
         NUM_INFERENCE_STEPS if num_steps is None else num_steps,
         COEFFICIENTS if coefficients is None else coefficients,
@@ -297,9 +311,14 @@ def read_settings(model):
 
 
 def limits_or_constants(rel_l1_thresh=None, computed_steps=None, tolerance=None):
-    if rel_l1_thresh is computed_steps is tolerance is None:
-        return REL_L1_THRESH, COMPUTED_STEPS, TOLERANCE
-    return rel_l1_thresh, computed_steps, tolerance
+    """The limits as given; if there is none, the first of the constants that is set."""
+    if rel_l1_thresh is not None or computed_steps is not None or tolerance is not None:
+        return rel_l1_thresh, computed_steps, tolerance
+    if COMPUTED_STEPS is not None:
+        return None, COMPUTED_STEPS, None
+    if TOLERANCE is not None:
+        return None, None, TOLERANCE
+    return REL_L1_THRESH, None, None
 
 
 class TeaCacheState:
@@ -584,13 +603,14 @@ def remove_teacache(model):
 
 
 def find_network(model):
-    """The network of a pipeline, or the network itself: its forward has the parameters of ours."""
+    """The network of a pipeline, or the network itself. What it is shows in the parameters of its forward."""
     network = model if isinstance(model, torch.nn.Module) else getattr(model, NETWORK, None)
-    ours, theirs = (inspect.signature(forward).parameters for forward in (teacache_forward, type(network).forward))
-    if not isinstance(network, torch.nn.Module) or not set(ours) <= set(theirs):
-        name = type(network if isinstance(network, torch.nn.Module) else model).__name__
+    stock = getattr(type(network), "forward", lambda: None)
+    if not set(inspect.signature(teacache_forward).parameters) <= set(inspect.signature(stock).parameters):
+        name = type(model if network is None else network).__name__
         raise ValueError(
-            f"TeaCache is for a pipeline or its {NETWORK}, as loaded, not for a {name} (compile the blocks)"
+            f"TeaCache is for a pipeline or its {NETWORK}, as it was loaded, not for {name} "
+            "(compile the blocks one by one, and apply TeaCache before the network is wrapped)"
         )
     return network
 

@@ -34,8 +34,8 @@ def parse_args(argv=None):
         parser.set_defaults(parser=parser, input_image=__file__, input_audio=__file__)  # placeholders, not used
 
     args = teacache_memo.parse_args(argv, extend)
-    constants = {k: v for k, v in teacache_memo.DEFAULTS.items() if k != "num_steps"}
-    settings = {**args.limits, "constants": constants, "config": dict(args.config)}
+    limits = dict(zip(args.limits, teacache_memo.limits_or_constants(**args.limits)))
+    settings = {**limits, "coefficients": teacache_memo.COEFFICIENTS, "config": dict(args.config)}
     try:
         pairs = [line for line in csv.reader(Path(args.pairs).read_text(encoding="utf-8-sig").splitlines()) if line]
         args.paths, args.jobs = [], []

@@ -4,9 +4,7 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Transformer2DModel
 
-from TeaCache4LuminaT2X import teacache_lumina2
-
-STOCK_FORWARD = teacache_lumina2.STOCK_FORWARD
+STOCK_FORWARD = Lumina2Transformer2DModel.forward  # before anything patches the class
 CHANNELS, FEATURES = 4, 12
 
 

@@ -13,7 +13,8 @@ class Machine:
         return self.script.apply_teacache(model, steps, coefficients=coefficients, **settings)
 
     def stock(self, model):
-        return lambda *args, **kwargs: self.script.STOCK_FORWARD(model, *args, **kwargs)
+        """The model's stock forward, whatever has been done to the model or its class."""
+        return lambda *args, **kwargs: self.models.STOCK_FORWARD(model, *args, **kwargs)
 
     def oracle(self, model, job, steps=8, num_steps=None, run=None, **settings):
         """Outputs, latents and schedule that TeaCache should give in a fresh process; run: arguments of `denoise`."""
@@ -39,7 +40,9 @@ class Lumina2(Machine):
     def __init__(self):
         import lumina_models
 
-        self.models, self.script = lumina_models, lumina_models.teacache_lumina2
+        from TeaCache4LuminaT2X import teacache_lumina2
+
+        self.models, self.script = lumina_models, teacache_lumina2
         self.cls = lumina_models.Lumina2Transformer2DModel
 
     def model(self, seed=0):
@@ -116,9 +119,10 @@ class Memo(Machine):
 
         return tensors_in(job.inputs)
 
-    def denoise(self, model, job, steps=8, start=1.0, before=None, cast=False):
-        step = {"before_step": (lambda i: before(i, "both", i)) if before else None}
-        return self.models.denoise(model, job, steps=steps, cast=bool(cast), timesteps=lambda i, t: t * start, **step)
+    def denoise(self, model, job, steps=8, start=1.0, before=None, cast=False, timesteps=None, **kwargs):
+        kwargs |= {"cast": bool(cast), "timesteps": timesteps or (lambda i, t: t * start)}
+        kwargs["before_step"] = (lambda i: before(i, "both", i)) if before else None
+        return self.models.denoise(model, job, steps, **kwargs)
 
     def call(self, model, job, time, value=None):
         sample = torch.cat([job.noise] * (1 + job.guided))
@@ -126,11 +130,16 @@ class Memo(Machine):
         return model(sample, timestep=torch.tensor(1000.0 * (1 - time)), return_dict=False, **job.inputs)[0]
 
     def watch(self, model, seen):
-        keep = lambda module, inputs, output: seen.update(signal=output, before=output)  # noqa: E731
-        yield model.conv_in.register_forward_hook(keep)
+
+        def look(module, args, kwargs):
+            seen.update(dict.fromkeys(("signal", "before"), kwargs["hidden_states"]))
+
+        yield model.down_blocks[0].register_forward_pre_hook(look, with_kwargs=True)
 
     def time(self, args, kwargs):
-        return 1 - kwargs["timestep"].double().item() / 1000
+        timestep = kwargs["timestep"]
+        times = [float(t) for t in (timestep if isinstance(timestep, list) else [timestep])]
+        return 1 - sum(times) / len(times) / 1000
 
 
 def is_due(times, schedule, num_steps, wanted):
@@ -145,6 +154,12 @@ def is_due(times, schedule, num_steps, wanted):
     return bool(way[step] + pace / 2 >= last + (1 - pace - last) / left)
 
 
+def rescale(poly, change):
+    """The polynomial; without end where the change lies beyond the first place at which it sinks below zero."""
+    places = [r.real for r in poly.r if not r.imag and r.real > 0 and poly(0.999 * r.real) > 0 > poly(1.001 * r.real)]
+    return np.inf if places and change > min(places) else poly(change)
+
+
 class Oracle:
     """Runs the stock forward at every call, and puts what a skipped one would give in place of its output.
 
@@ -152,20 +167,10 @@ class Oracle:
     """
 
     def __init__(
-        self,
-        machine,
-        model,
-        num_steps,
-        rel_l1_thresh=None,
-        coefficients=IDENTITY,
-        order=None,
-        computed_steps=None,
-        tolerance=None,
+        self, machine, model, num_steps, rel_l1_thresh=None, coefficients=IDENTITY, computed_steps=None, tolerance=None
     ):
         self.machine, self.model, self.num_steps, self.budget = machine, model, num_steps, computed_steps
         self.thresh, self.poly = rel_l1_thresh, np.poly1d(coefficients)
-        order = machine.script.ORDER if order is None else order
-        self.order = order if computed_steps is None and tolerance is None else 1
         self.tolerance, self.errors = tolerance, {}  # step: the largest error of its forecasts
         self.schedule, self.times, self.changes, self.branches, self.accumulated = [], [], [], {}, 0.0
         self.last, self.where = (None, None), None
@@ -179,31 +184,34 @@ class Oracle:
         if memory.get("step") not in (step, step - 1):
             memory.clear()
         memory["step"] = step
+        needed = "made" not in memory or kwargs.get("update_past_memory", False)
 
         def last_module(module, inputs):
             if len(self.schedule) == step:
                 self.times.append(time)
-                self.schedule.append(self.decide(step, branch, "made" in memory, seen["signal"]))
-            seen["skip"] = not self.schedule[step] and "made" in memory
-            if seen["skip"] and self.order == 0:
+                self.schedule.append(bool(self.decide(step, branch, needed, seen["signal"])))
+            seen["skip"] = not self.schedule[step] and not needed
+            if seen["skip"] and self.thresh is not None:
                 return seen["before"] + memory["made"], *inputs[1:]
             seen["residual"] = inputs[0] - seen["before"]
 
         hooks = [*self.machine.watch(self.model, seen)]
         hooks.append(self.machine.last(self.model).register_forward_pre_hook(last_module))
         try:
-            output = self.machine.script.STOCK_FORWARD(self.model, *args, **kwargs)[0]
+            output = self.machine.stock(self.model)(*args, **kwargs)[0]
         finally:
             for hook in hooks:
                 hook.remove()
-        if not seen["skip"]:
-            if self.order and len(memory.get("made", [])) == 2:
+        if self.thresh is not None:
+            memory["made"] = memory["made"] if seen["skip"] else seen["residual"]
+        elif seen["skip"]:
+            output = self.forecast(memory, time)
+        else:
+            earlier = [(t, x) for t, x in memory.get("made", []) if t != time]
+            if len(earlier) == 2:
                 error = (self.forecast(memory, time) - output).abs().mean() / output.abs().mean()
                 self.errors[step] = max(self.errors.get(step, 0.0), error.item())
-            earlier = [(t, x) for t, x in memory.get("made", []) if t != time] if self.order else []
-            memory["made"] = [*earlier[-1:], (time, output.clone())] if self.order else seen["residual"]
-        elif self.order:
-            output = self.forecast(memory, time)
+            memory["made"] = [*earlier[-1:], (time, output.clone())]
         return (output,)
 
     def forecast(self, memory, time):
@@ -228,18 +236,19 @@ class Oracle:
             total += (self.times[i] - self.times[i - 1]) * curvature * (self.times[i] - self.times[at[-1]]) ** 2
         return not total < self.tolerance
 
-    def decide(self, step, branch, cached, signal):
+    def decide(self, step, branch, needed, signal):
         (decider, old), self.last = self.last, (branch, signal)
-        compute = step == 0 or step >= self.num_steps - 1 or not cached or self.thresh == 0
+        compute = step == 0 or step >= self.num_steps - 1 or needed or self.thresh == 0
         if not compute and self.budget is not None:
             compute = is_due(self.times, self.schedule, self.num_steps, self.budget)
         elif not compute and self.tolerance is not None:
             compute = self.is_wrong(step)
         elif not compute:
-            assert decider == branch
-            change = (signal - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)
-            self.changes.append(change.item())
-            self.accumulated += self.poly(change.item())
+            change = np.nan
+            if decider == branch:
+                change = ((signal - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
+            self.changes.append(change)
+            self.accumulated += rescale(self.poly, change)
             compute = not self.accumulated < self.thresh
         self.accumulated = 0.0 if compute else self.accumulated
         return compute

@@ -1,4 +1,4 @@
-"""Tiny random MEMO models, real or double, the denoising loop of memo's VideoPipeline, and an oracle.
+"""Tiny random MEMO models, real or double, and the denoising loop of memo's VideoPipeline.
 
 Everything here runs on whichever `memo` can be imported: see conftest.py.
 """
@@ -6,17 +6,16 @@ Everything here runs on whichever `memo` can be imported: see conftest.py.
 import copy
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from TeaCache4Memo.teacache_memo import DAMPING, import_memo, set_memory_processors
+from TeaCache4Memo.teacache_memo import import_memo, set_memory_processors
 
 memo = import_memo()
 import memo as package  # noqa: E402
 
 REAL = Path(package.__file__).parent.parent.name != "memo_double"
-STOCK_FORWARD = memo.UNet3DConditionModel.forward
+STOCK_FORWARD = memo.UNet3DConditionModel.forward  # before anything patches the class
 LATENTS, FACE, AUDIO = 4, 16, 16  # channels
 FACE_EMBEDDING = 512
 MOTION = {
@@ -142,14 +141,10 @@ class Clip:
         self.noise = randn(*self.shape)
 
 
-class Interrupted(Exception):
-    pass
-
-
 def denoise(model, clip, steps=8, first=True, before_step=None, cast=False, timesteps=None):
     """The loop of VideoPipeline over one clip. Returns the outputs, then the latents.
 
-    model: called like the UNet; first: is_new_audio; before_step(i) may raise Interrupted; cast: new tensors each step.
+    model: called like the UNet; first: is_new_audio; before_step(i) may raise; cast: new tensors each step.
     """
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(steps)
@@ -173,87 +168,6 @@ def denoise(model, clip, steps=8, first=True, before_step=None, cast=False, time
                 velocity = without + 3.5 * (guided - without)
             latents = scheduler.step(velocity, t, latents, return_dict=False)[0].to(clip.dtype)
     return outputs, latents
-
-
-class Oracle:
-    """TeaCache for MEMO written a second time, around the stock forward, for one clip from its first step."""
-
-    def __init__(self, model, thresh, num_steps, coefficients=(1.0, 0.0), *, order, computed_steps=None):
-        self.model, self.thresh, self.num_steps, self.budget = model, thresh, num_steps, computed_steps
-        self.order = order if computed_steps is None else 1
-        self.poly, self.accumulated = np.poly1d(coefficients), 0.0
-        self.schedule, self.times, self.outputs = [], [], []
-
-    def is_due(self):
-        """The budget: what is left of it, spread evenly over the rest of the way."""
-        step, left = len(self.schedule), self.budget - sum(self.schedule)
-        if left <= 1 or self.num_steps - step <= left:
-            return left > 1
-        start = self.times[0]
-        way = [i / self.num_steps / 2 + (t - start) / (1 - start) / 2 for i, t in enumerate(self.times)]
-        pace, last = way[-1] - way[-2], way[np.flatnonzero(self.schedule)[-1]]
-        return way[-1] + pace / 2 >= last + (1 - pace - last) / left
-
-    def is_enough(self, features):
-        """The threshold: the accumulated relative change has reached it."""
-        change = (features - self.before).abs().mean(dtype=torch.float32)
-        self.accumulated += self.poly((change / self.before.abs().mean(dtype=torch.float32)).item())
-        return not self.accumulated < self.thresh
-
-    def __call__(self, sample, *args, **kwargs):
-        model, step, timestep = self.model, len(self.schedule), kwargs["timestep"]
-        timesteps = timestep if isinstance(timestep, list) else [timestep]
-        time = 1 - sum(torch.as_tensor(t).double().mean().item() for t in timesteps) / len(timesteps) / 1000
-        self.times.append(time)
-        x = model.conv_in(2 * sample - 1.0 if model.config.center_input_sample else sample)
-        if kwargs.get("mask_cond_fea") is not None:
-            x = x + kwargs["mask_cond_fea"]
-        compute = step in (0, self.num_steps - 1) or kwargs.get("update_past_memory")
-        if not compute:
-            compute = self.is_due() if self.budget is not None else self.thresh == 0 or self.is_enough(x)
-        self.before = x
-        self.schedule.append(bool(compute))
-        if not compute and self.order == 0:
-            return (model.conv_out(model.conv_act(model.conv_norm_out(x + self.residual))),)
-        if not compute:
-            (t0, before), (t1, last) = (self.outputs * 2)[-2:]
-            if len(self.outputs) == 1:
-                return (last,)
-            gaps = (time - t1) / (t1 - t0)
-            return (last + (last - before) * (gaps / (1 + DAMPING * gaps)),)
-        self.accumulated, caught = 0.0, []
-        hook = model.conv_norm_out.register_forward_pre_hook(lambda module, inputs: caught.append(inputs[0]))
-        try:
-            output = STOCK_FORWARD(model, sample, *args, **kwargs)
-        finally:
-            hook.remove()
-        self.residual = caught[0] - x
-        self.outputs.append((time, output[0]))
-        return output
-
-
-def stock(model):
-    """The model's stock forward, whatever has been done to the model or its class."""
-    return lambda *args, **kwargs: STOCK_FORWARD(model, *args, **kwargs)
-
-
-def oracle_run(model, clip, thresh=0.0, num_steps=8, coefficients=(1.0, 0.0), *, order, computed_steps=None, **kwargs):
-    """Outputs, latents and schedule that TeaCache should give in a fresh process."""
-    oracle = Oracle(model, thresh, num_steps, coefficients, order=order, computed_steps=computed_steps)
-    return *denoise(oracle, clip, **kwargs), oracle.schedule
-
-
-def path_length(model, clip, **kwargs):
-    """Sum of the indicator's relative changes over an uncached clip: thresholds below it skip some steps."""
-    before, features = memory(model), []
-    mask = clip.inputs.get("mask_cond_fea", 0.0)
-    hook = model.conv_in.register_forward_hook(lambda module, inputs, output: features.append(output + mask))
-    try:
-        denoise(stock(model), clip, **kwargs)
-    finally:
-        hook.remove()
-        set_memory(model, before)
-    return sum(((b - a).abs().mean() / a.abs().mean()).item() for a, b in zip(features, features[1:]))
 
 
 def memory(model):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import LUMINA2, ROOT, equal, tensors_in
 
 THRESH = dict(rel_l1_thresh=0.1)
@@ -34,7 +35,7 @@ def test_applied_again_the_new_settings_hold(machine):
     machine.denoise(model, job)
     assert sum(model.teacache.schedule) == 3
     machine.apply(model, rel_l1_thresh=1e9)
-    assert "teacache" not in vars(model) and model.computed_steps is None
+    assert model.teacache.schedule == [] and model.computed_steps is None
     machine.denoise(model, job)
     assert sum(model.teacache.schedule) == 2
 
@@ -64,16 +65,32 @@ def test_the_way_of_class_attributes(machine, patched_class, monkeypatch):
 
 
 def test_class_attributes_and_constants(machine, patched_class, monkeypatch):
-    """The defaults are the constants; a budget may be an attribute too, and goes before a threshold."""
+    """A class that sets one limit goes before the constants; a budget goes before a threshold, an instance before both."""
     model, job = machine.model(), machine.job()
-    machine.denoise(model, job)
-    assert model.teacache.schedule == machine.oracle(model, job, **THRESH)[2]
-    monkeypatch.setitem(machine.script.DEFAULTS, "computed_steps", 3)
-    machine.denoise(model, job)
-    assert sum(model.teacache.schedule) == 3
+
+    def schedule():
+        machine.denoise(model, job)
+        return model.teacache.schedule
+
+    monkeypatch.setattr(machine.script, "COMPUTED_STEPS", 3)
+    assert schedule() == machine.oracle(model, job, **THRESH)[2] != machine.oracle(model, job, computed_steps=3)[2]
     monkeypatch.setattr(patched_class, "computed_steps", 5, raising=False)
-    machine.denoise(model, job)
-    assert sum(model.teacache.schedule) == 5
+    assert sum(schedule()) == 5
+    machine.apply(model)
+    assert sum(schedule()) == 3, "nothing given: the constants, whatever the class has"
+    machine.script.remove_teacache(model)
+    assert sum(schedule()) == 5
+    for name in ("rel_l1_thresh", "computed_steps"):
+        monkeypatch.setattr(patched_class, name, None)
+    assert sum(schedule()) == 3, "nothing set: the constants"
+    constants = {"NUM_INFERENCE_STEPS": 8, "COEFFICIENTS": [1e9], "COMPUTED_STEPS": None, "REL_L1_THRESH": 3e9}
+    for name, value in constants.items():
+        monkeypatch.setattr(machine.script, name, value)
+    monkeypatch.delattr(patched_class, "num_steps")
+    monkeypatch.delattr(patched_class, "coefficients")
+    assert schedule() == [i in (0, 3, 6, 7) for i in range(8)]
+    monkeypatch.delattr(patched_class, "enable_teacache")
+    assert schedule() == [], "off"
 
 
 @pytest.mark.parametrize("hook_first", [True, False])
@@ -114,6 +131,7 @@ def test_inside_offloading_hooks(machine, hook_first):
         (dict(rel_l1_thresh=0.1, computed_steps=4), "only one of"),
         (dict(tolerance=0.1, computed_steps=4), "only one of"),
         (dict(rel_l1_thresh=0.0, tolerance=0.0), "only one of"),
+        *[(dict(coefficients=[c, 0.0]), "coefficients must be finite") for c in (math.nan, -math.inf)],
     ],
     ids=str,
 )
@@ -134,33 +152,39 @@ def test_constants_that_cannot_work(machine, monkeypatch, constant, value):
     machine.script.apply_teacache(machine.model(), 8, computed_steps=4)
 
 
-def test_the_pipeline_in_place_of_its_model(machine):
-    with pytest.raises(ValueError, match="give pipeline.transformer or pipeline.diffusion_net, not a object"):
-        machine.script.apply_teacache(object())
+@pytest.mark.parametrize("thing", [torch.nn.Linear(1, 1), 7, None], ids=str)
+def test_neither_a_pipeline_nor_its_network(machine, thing):
+    says = f"TeaCache is for a pipeline or its {machine.script.NETWORK}, .* {type(thing).__name__} "
+    for change in (machine.script.apply_teacache, machine.script.remove_teacache):
+        with pytest.raises(ValueError, match=says) as error:
+            change(thing)
+        assert "\n" not in str(error.value)
 
 
 def test_defaults_and_what_is_positional(machine, monkeypatch):
     """The constants, which users edit; one computed step of one is possible; computed_steps goes by name."""
     script, model = machine.script, machine.model()
-    names = ["model", "num_steps", "rel_l1_thresh", "coefficients", "order"]
+    names = ["model", "num_steps", "rel_l1_thresh", "coefficients"]
     kinds = {p.name: p.kind for p in inspect.signature(script.apply_teacache).parameters.values()}
     assert [n for n, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == names
     assert kinds["computed_steps"] is kinds["tolerance"] is inspect.Parameter.KEYWORD_ONLY
 
     def values(*args, **kwargs):
         model = script.apply_teacache(machine.model(), *args, **kwargs)
-        return [vars(model).get(name) for name in script.DEFAULTS]
+        settings = ("num_steps", "rel_l1_thresh", "coefficients", "computed_steps", "tolerance")
+        return [vars(model)[name] for name in ("enable_teacache", *settings)]
 
-    assert script.ORDER == {"teacache_lumina2": 0, "teacache_memo": 1}[script.__name__.rpartition(".")[2]]
-    n, coefficients, order = script.NUM_INFERENCE_STEPS, script.COEFFICIENTS, script.ORDER
-    assert values() == [True, n, None, coefficients, order, None, None]
-    assert values(9, 0.2, [1.0], 1 - order) == [True, 9, 0.2, [1.0], 1 - order, None, None]
-    assert values(1, computed_steps=1) == [True, 1, None, coefficients, order, 1, None]
-    assert values(9, tolerance=0.1) == [True, 9, None, coefficients, order, None, 0.1]
-    monkeypatch.setitem(script.DEFAULTS, "computed_steps", 4)
-    assert values(8, 0.3)[-2] is None and values(8, computed_steps=5)[-2] == 5
-    machine.denoise(script.apply_teacache(model, 8), machine.job())
-    assert sum(model.teacache.schedule) == 4
+    assert values() == [True, script.NUM_INFERENCE_STEPS, None, None, None, None]
+    assert values(9, 0.2, [1.0]) == [True, 9, 0.2, [1.0], None, None]
+    assert values(1, computed_steps=1) == [True, 1, None, None, 1, None]
+    assert values(9, tolerance=0.1) == [True, 9, None, None, None, 0.1]
+    script.apply_teacache(model, 8)
+    for name, value, computed in [("COMPUTED_STEPS", 4, 4), ("COMPUTED_STEPS", None, 2), ("TOLERANCE", 0.0, 8)]:
+        monkeypatch.setattr(script, "REL_L1_THRESH", 1e9)
+        monkeypatch.setattr(script, "COEFFICIENTS", [1.0])
+        monkeypatch.setattr(script, name, value)
+        machine.denoise(model, machine.job())
+        assert sum(model.teacache.schedule) == computed, "edited after apply_teacache, too"
 
 
 def test_import_does_nothing(tmp_path):

@@ -134,7 +134,7 @@ def test_other_settings_are_an_error(here, drawn, capsys, monkeypatch, flags, ot
 
 def test_an_edited_constant_is_another_setting(here, drawn, capsys, monkeypatch):
     assert run() == 0
-    monkeypatch.setitem(teacache_lumina2.DEFAULTS, "rel_l1_thresh", 0.2)
+    monkeypatch.setattr(teacache_lumina2, "REL_L1_THRESH", 0.2)
     assert run() == 2 and "exists with different constants" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""The rule of a budget of computed steps, and the extrapolation, on numbers alone."""
+"""The rules of a budget and of a tolerance, the polynomial and the extrapolation, on numbers alone."""
 
 import math
 
@@ -10,12 +10,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 
+def running(machine, times, schedule, **settings):
+    """The state of a generation, filled by hand."""
+    cache = machine.script.TeaCacheState()
+    cache.timesteps, cache.schedule, cache.num_steps = times, schedule, settings.get("num_steps")
+    cache.settings = machine.script.Settings(**dict.fromkeys(machine.script.Settings._fields) | settings)
+    return cache
+
+
 def choose(machine, times, budget, forced=()):
     """The schedule of a generation with these timesteps."""
-    schedule = []
-    for step in range(len(times)):
-        schedule.append(machine.script.is_due(times[: step + 1], schedule, len(times), budget) or step in forced)
-    return schedule
+    cache = running(machine, [], [], computed_steps=budget, num_steps=len(times))
+    for step, time in enumerate(times):
+        cache.timesteps.append(time)
+        cache.schedule.append(None)
+        cache.schedule[-1] = machine.script.by_budget(cache) or step in forced
+    return cache.schedule
 
 
 def scheduler_times(steps, shift):
@@ -77,35 +87,79 @@ def test_a_forced_computation_is_made_up_for(machine):
 
 def test_the_forecast_itself(machine):
     """A line through (0, 1) and (2, 3), followed to 3 and to 6: g / (1 + g / 4) of the way; two outputs are held."""
-    branch = machine.script.Branch((), ())
+    branch = machine.script.Branch((), (), 0)
     branch.remember(0.0, torch.tensor([1.0]))
-    assert branch.forecast(1.0).item() == 1 and branch.forecast(1.0) is not branch.history[0][1]
+    assert branch.forecast(1.0).item() == 1 and branch.forecast(1.0) is not branch.outputs[0][1]
     branch.remember(2.0, torch.tensor([9.0]))
-    branch.remember(2.0, torch.tensor([3.0]))  # the step again: the later output counts
+    branch.remember(2.0, torch.tensor([3.0]))  # the same timestep again: the later output counts
     assert branch.forecast(3.0).item() == pytest.approx(3 + 2 * 0.5 / 1.125)
     assert branch.forecast(6.0).item() == pytest.approx(3 + 2 * 2 / 1.5)
     branch.remember(3.0, torch.tensor([4.0]))
     assert branch.error.item() == pytest.approx((4 - (3 + 2 * 0.5 / 1.125)) / 4)
     branch.remember(3.0, torch.tensor([4.0]))
-    assert branch.error.item() > 0.02, "the step again is not its own forecast"
-    assert [t for t, _ in branch.history] == [2.0, 3.0]
+    assert branch.error is None, "one output before it is no line, and it is not its own forecast"
+    assert [t for t, _ in branch.outputs] == [2.0, 3.0]
 
 
-def test_expected_error(machine):
-    """By hand: the largest branch error over the square of the gap, the square of the distance, memory and limit."""
-    state = machine.script.TeaCacheState()
-    state.branches = [machine.script.Branch((), ()) for _ in range(2)]
-    state.timesteps, state.schedule, state.timestep = [0.0, 0.1, 0.15], [True, True], 0.15
-    assert state.expected_error() == pytest.approx(0.05 * 60 * 0.05**2), "no error yet: the constant"
-    for branch, error in zip(state.branches, (0.3, 0.9)):
-        branch.error = torch.tensor(error)
-    assert state.expected_error() == pytest.approx(0.05 * (0.9 / 0.1**2) * 0.05**2)
-    for branch in state.branches:
-        branch.error = torch.tensor(0.0)
-    assert state.expected_error() == pytest.approx(0.05 * (0.8 * 90) * 0.05**2), "a luckily small error"
-    state.timesteps, state.schedule, state.timestep = [0.0, 0.1, 0.15, 0.29], [True, True, False], 0.29
-    assert state.expected_error() == pytest.approx(0.14 * (0.8 * 90) * 0.19**2)
-    state.timestep = state.timesteps[-1] = 0.31
-    assert state.expected_error() == math.inf, "too far"
-    state.schedule = [True, False, False]
-    assert state.expected_error() == math.inf, "one computed step is no line"
+def test_a_tolerance(machine):
+    """By hand: the sum over the skipped steps of their length, the curvature and their distance squared; the limit."""
+
+    def decides(expected, times, schedule, curvature):
+        for tolerance in (0.999 * expected, 1.001 * expected):
+            cache = running(machine, times, [*schedule, None], tolerance=tolerance)
+            cache.curvature = curvature
+            assert machine.script.by_tolerance(cache) is (tolerance < expected)
+            assert cache.curvature == curvature and cache.schedule == [*schedule, None], "it only looks"
+
+    decides(0.05 * 60 * 0.05**2, [0.0, 0.1, 0.15], [True, True], 60.0)
+    decides(0.05 * 72 * 0.05**2 + 0.14 * 72 * 0.19**2, [0.0, 0.1, 0.15, 0.29], [True, True, False], 72.0)
+    for times, schedule in [([0.0, 0.1, 0.15, 0.31], [True, True, False]), ([0.0, 0.1, 0.15], [True, False])]:
+        cache = running(machine, times, [*schedule, None], tolerance=1e9)
+        assert machine.script.by_tolerance(cache) is True, "too far, or one computed step, which is no line"
+
+
+def test_the_curvature(machine):
+    """By hand: after a computed step, the largest error of the branches over the square of the gap; its memory."""
+    cache, branches = running(machine, [0.0, 0.1], [True, True]), [machine.script.Branch((), (), 1) for _ in range(2)]
+    cache.branches = branches
+
+    def measured(*errors):
+        for branch, error in zip(branches, errors):
+            branch.step, branch.error = cache.step, None if error is None else torch.tensor(error)
+        cache.measure_curvature()
+        return cache.curvature
+
+    assert measured(None, None) == machine.script.CURVATURE == 60, "no error yet: the constant"
+    assert measured(0.3, 0.9) == pytest.approx(0.9 / 0.1**2)
+    assert measured(0.0, None) == pytest.approx(0.8 * 90), "a luckily small error"
+    cache.timesteps, cache.schedule = [0.0, 0.1, 0.15], [True, True, False]
+    assert measured(0.9, 0.9) == pytest.approx(0.8 * 90), "only after a computed step"
+    cache.timesteps, cache.schedule = [0.0, 0.1, 0.15, 0.3], [True, True, False, True]
+    assert measured(4.0, 1.0) == pytest.approx(4 / 0.2**2)
+
+
+def test_the_curvature_of_a_branch_that_has_ended(machine):
+    """Guidance that stops: the error that its branch had is of another gap."""
+    cache, ended = running(machine, [0.0, 0.1, 0.2], [True] * 3), machine.script.Branch((), (), 1)
+    cache.branches, ended.error = [ended, machine.script.Branch((), (), 2)], torch.tensor(9.0)
+    cache.measure_curvature()
+    assert cache.curvature == machine.script.CURVATURE
+
+
+V1 = [393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344]
+V2 = [225.7042019806413, -608.8453716535591, 304.1869942338369, 124.21267720116742, -1.4089066892956552]
+
+
+@pytest.mark.parametrize(
+    "coefficients, limit",
+    [(V1, 0.279), (V2, 1.207), ([-1.0, 0.3], 0.3), ([1.0, -1.0, 0.21], 0.3), ([1.0, 0.0], None), ([1.0, -1.0], None)]
+    + [([4.0, -1.0, 0.3], None), ([-0.2], None), ([0.0], None), ([2.0, 0.05], None)],
+    ids=str,
+)
+def test_a_polynomial_holds_up_to_where_it_falls_below_zero(machine, coefficients, limit):
+    """Where it begins below zero and rises, or stays above or below it, it has no limit."""
+    for change in (0.0, 0.01, 0.1, 0.25, *([0.995 * limit] if limit else [0.35, 0.5, 1.5, 9.0])):
+        assert machine.script.rescale(change, coefficients) == pytest.approx(np.polyval(coefficients, change))
+    for change in [1.005 * limit, 1.5 * limit, 9.0, math.inf] if limit else []:
+        assert machine.script.rescale(change, coefficients) == math.inf
+    assert math.isnan(machine.script.rescale(math.nan, coefficients))

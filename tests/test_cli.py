@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BUNDLED, ROOT
-from diffusers import Lumina2Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
 from lumina_models import tiny_model
 from PIL import Image
 
@@ -21,13 +21,15 @@ from TeaCache4LuminaT2X.teacache_lumina2 import generate, load_pipeline, main, p
 FOLDER = ROOT / "TeaCache4LuminaT2X"
 MODEL = ["--model", str(BUNDLED)]
 FAST = [*MODEL, "--num-inference-steps", "3"]
+LIMITS = "rel_l1_thresh", "computed_steps", "tolerance"
 
 
 class Fake:
     """In place of the pipeline; keeps what it was called with."""
 
     def __init__(self):
-        self.transformer, self.calls = tiny_model(num_layers=1), []
+        self.transformer, self.scheduler = tiny_model(num_layers=1), FlowMatchEulerDiscreteScheduler()
+        self.calls = []
 
     def __call__(self, **kwargs):
         self.calls.append(kwargs)
@@ -45,7 +47,7 @@ def fake(monkeypatch):
 def test_defaults(fake, tmp_path, monkeypatch, capsys):
     """Without CUDA and --model it draws with the bundled model and says so; the constants are the defaults."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(teacache_lumina2.DEFAULTS, "computed_steps", 7)
+    monkeypatch.setattr(teacache_lumina2, "COMPUTED_STEPS", 7)
     main([])
     (call,) = fake.calls
     assert call.pop("generator").initial_seed() == 1024
@@ -58,7 +60,8 @@ def test_defaults(fake, tmp_path, monkeypatch, capsys):
         guidance_scale=4.0,
         cfg_trunc_ratio=1.0,
     )
-    assert fake.transformer.num_steps == 30 and "computed_steps" not in vars(fake.transformer)
+    assert "forward" in vars(fake.transformer) and "step" in vars(fake.scheduler), "TeaCache is on"
+    assert [getattr(fake.transformer, name) for name in LIMITS] == [None] * 3
     args = fake.args
     assert (args.model, args.device, args.dtype, args.offload) == (str(BUNDLED), "cpu", "float32", "none")
     note, saved = capsys.readouterr().out.splitlines()
@@ -79,9 +82,7 @@ def test_every_flag_arrives(fake, tmp_path, cache):
     sizes = dict(num_inference_steps=8, height=96, width=160, guidance_scale=3.0, cfg_trunc_ratio=0.5)
     assert call == dict(prompt="fox", negative_prompt="blue", **sizes)
     model, value = fake.transformer, float(cache[1])
-    assert model.num_steps == 8 and model.coefficients == teacache_lumina2.COEFFICIENTS
-    limits = {"--rel-l1-thresh": model.rel_l1_thresh, "--computed-steps": model.computed_steps}
-    limits["--tolerance"] = model.tolerance
+    limits = {f"--{name.replace('_', '-')}": getattr(model, name) for name in LIMITS}
     assert limits.pop(cache[0]) == value and set(limits.values()) == {None}
     args = fake.args
     assert (args.dtype, args.offload, args.transformer) == ("bfloat16", "model", "t.safetensors")

@@ -1,21 +1,23 @@
 """teacache_forward of Lumina2 against the stock forward, what a skipped step runs, and the modes of the pipeline."""
 
-import importlib
 import inspect
 
 import pytest
 import torch
 from conftest import equal, tensors_in
-from diffusers import Lumina2Transformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from lumina_models import CHANNELS, STOCK_FORWARD, conditioning, denoise, tiny_model
 from machines import IDENTITY, Lumina2, Oracle
 
-from TeaCache4LuminaT2X import teacache_lumina2
 from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache, teacache_forward
 
 PROMPT, NEGATIVE = conditioning([7], seed=1), conditioning([3], seed=2)
-COPIED = dict(rel_l1_thresh=1e-9, coefficients=[1e9, 1.0])  # computes every step, through the copied forward
+COMPUTED = {  # ways in which every step is computed
+    "threshold": dict(rel_l1_thresh=1e-9, coefficients=[1e9, 1.0]),
+    "threshold 0": dict(rel_l1_thresh=0),
+    "computed steps": dict(computed_steps=9),
+    "tolerance": dict(tolerance=0.0),
+}
 
 
 def once(model, lengths=(5,), dtype=torch.float32, t=0.25, **kwargs):
@@ -25,11 +27,6 @@ def once(model, lengths=(5,), dtype=torch.float32, t=0.25, **kwargs):
     return model(latents, torch.full((len(lengths),), t), embeds, mask, **kwargs)
 
 
-def copied_block_ran(model):
-    """Whether the last call left its residual, as only the copied forward does."""
-    return [b.residual is not None for b in model.teacache.branches] == [True]
-
-
 def test_signature_is_the_stock_one():
     assert list(inspect.signature(teacache_forward).parameters) == list(inspect.signature(STOCK_FORWARD).parameters)
 
@@ -37,22 +34,24 @@ def test_signature_is_the_stock_one():
 @pytest.mark.parametrize("return_dict", [True, False])
 @pytest.mark.parametrize("lengths", [(5,), (5, 2, 9), (4, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_copied_forward_is_stock_bit_for_bit(return_dict, lengths, dtype):
+@pytest.mark.parametrize("way", COMPUTED)
+def test_a_computed_step_is_stock_bit_for_bit(return_dict, lengths, dtype, way):
     model = tiny_model(num_refiner_layers=2).to(dtype)
     with torch.no_grad():
         stock = once(model, lengths, dtype, return_dict=return_dict)
-        apply_teacache(model, 9, **COPIED)
+        apply_teacache(model, 9, **COMPUTED[way])
         for t in (0.1, 0.2, 0.25):  # the last call is a middle step
             ours = once(model, lengths, dtype, return_dict=return_dict, t=t)
-    assert copied_block_ran(model) and model.teacache.schedule == [True] * 3
+    assert [b.is_empty for b in model.teacache.branches] == [way == "threshold 0"]
+    assert model.teacache.schedule == [True] * 3
     assert type(ours) is type(stock) is (Transformer2DModelOutput if return_dict else tuple)
     assert ours[0].dtype == dtype and torch.equal(ours[0], stock[0])
 
 
-@pytest.mark.parametrize("way", [dict(order=0), dict(order=1), dict(computed_steps=2)], ids=str)
+@pytest.mark.parametrize("way", [dict(rel_l1_thresh=1e9), dict(computed_steps=2)], ids=str)
 @pytest.mark.parametrize("return_dict", [True, False])
 def test_a_skipped_step_returns_what_a_computed_one_does(model, way, return_dict):
-    apply_teacache(model, 9, None if "computed_steps" in way else 1e9, IDENTITY, **way)
+    apply_teacache(model, 9, coefficients=IDENTITY, **way)
     with torch.no_grad():
         outputs = [once(model, (5, 2), t=t, return_dict=return_dict) for t in (0.1, 0.2)]
     assert model.teacache.schedule == [True, False] and type(outputs[0]) is type(outputs[1])
@@ -64,16 +63,16 @@ def test_a_mask_only_where_there_is_padding(model):
     """As stock does: without a mask the fast attention kernels can be used."""
     masks = []
     model.layers[0].register_forward_pre_hook(lambda _, args: masks.append(args[1]))
-    apply_teacache(model, **COPIED)
+    apply_teacache(model, 9, rel_l1_thresh=0.1)
     with torch.no_grad():
         once(model, (4, 4), t=0.1)
         once(model, (4, 2), t=0.2)
     assert masks[0] is None and masks[1].sum(dim=1).tolist() == [10, 8]
 
 
-@pytest.mark.parametrize("off", [True, False], ids=["threshold 0", "copied forward"])
+@pytest.mark.parametrize("way", ["threshold", "threshold 0"])
 @pytest.mark.parametrize("scale", [0.0, 0.4, 1.0])
-def test_lora_scale(model, scale, off):
+def test_lora_scale(model, scale, way):
     """Like stock, and it outlasts neither the call nor one that fails."""
     peft = pytest.importorskip("peft")
     targets = ["to_q", "to_v", "linear_1"]
@@ -81,7 +80,7 @@ def test_lora_scale(model, scale, off):
     kwargs = {"attention_kwargs": {"scale": scale}}
     with torch.no_grad():
         stock, unscaled = once(model, **kwargs)[0], once(model)[0]
-        apply_teacache(model, 9, **(dict(rel_l1_thresh=0) if off else COPIED))
+        apply_teacache(model, 9, **COMPUTED[way])
         assert torch.equal(once(model, **kwargs)[0], stock) and torch.equal(once(model)[0], unscaled)
         assert torch.equal(stock, unscaled) == (scale == 1.0) and kwargs == {"attention_kwargs": {"scale": scale}}
         hook = model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
@@ -105,16 +104,7 @@ def test_gradients_are_the_stock_ones(model, checkpointing):
     apply_teacache(model, 10, rel_l1_thresh=100.0, coefficients=IDENTITY)
     ours = [gradients(t) for t in (0.1, 0.2, 0.3)][-1]
     assert len(stock) > 20 and equal(ours, stock)
-
-
-def test_the_stock_forward_survives_a_reload(monkeypatch):
-    """The class may be patched by then; what is called is diffusers' own."""
-    kept = dict(vars(teacache_lumina2))
-    monkeypatch.setattr(Lumina2Transformer2DModel, "forward", teacache_forward)
-    try:
-        assert importlib.reload(teacache_lumina2).STOCK_FORWARD is STOCK_FORWARD is not teacache_forward
-    finally:
-        vars(teacache_lumina2).update(kept)
+    assert model.teacache.schedule == [] and tensors_in(model.teacache) == []
 
 
 # --- what a skipped step runs -----------------------------------------------------------
@@ -152,17 +142,15 @@ def test_guidance_compares_no_values(way, monkeypatch):
     assert len(compared) <= 2, "once, when the second branch is new"
 
 
-@pytest.mark.parametrize("order", [0, 1])
-def test_with_a_threshold_it_runs_no_block(model, order):
-    """Up to the first norm of the first block. With order 1 no norm_out, and in the second pass nothing at all."""
-    first, second = (modules_run(model, rel_l1_thresh=1e9, coefficients=IDENTITY, order=order)[i::2] for i in (0, 1))
+def test_with_a_threshold_it_runs_no_block(model):
+    """All but the blocks, and of these the first norm of the first; that only in the first pass, which decides."""
+    first, second = (modules_run(model, rel_l1_thresh=1e9, coefficients=IDENTITY)[i::2] for i in (0, 1))
     assert len(first) == len(second) == 6
-    for names in first + (second if order == 0 else []):
-        assert "noise_refiner.0" in names and ("norm_out" in names) == (order == 0)
+    for names in first + second:
+        assert "noise_refiner.0" in names and "norm_out" in names
         assert not [n for n in names if n.startswith("layers") and not n.startswith("layers.0.norm1")]
     assert all("layers.0.norm1" in names for names in first), "the first pass decides"
     assert not any(n.startswith("layers") for names in second for n in names)
-    assert order == 0 or second == [[]] * 6
 
 
 # --- the modes of the pipeline -----------------------------------------------------------
@@ -195,8 +183,7 @@ MODES = {
     "negative equals prompt": dict(uncond=tuple(t.clone() for t in PROMPT)),
 }
 WAYS = {
-    "order 0": dict(rel_l1_thresh=0.15, order=0),
-    "order 1": dict(rel_l1_thresh=0.15, order=1),
+    "threshold": dict(rel_l1_thresh=0.15),
     "computed steps": dict(computed_steps=4),
     "tolerance": dict(tolerance=1.0),
 }
@@ -207,15 +194,14 @@ WAYS = {
 def test_modes(way, mode):
     model, kwargs = tiny_model(num_layers=1), {"cond": PROMPT, "uncond": NEGATIVE} | MODES[mode]
     oracle = Oracle(Lumina2(), model, 8, **WAYS[way])
-    one = mode == "negative equals prompt"  # two tensors of equal content are one branch
-    expected = denoise(oracle, before=lambda s, name, n: oracle.at(s, "one" if one else name, n), **kwargs)
+    expected = denoise(oracle, before=oracle.at, **kwargs)
     apply_teacache(model, 8, coefficients=IDENTITY, **WAYS[way])
     found = denoise(model, **kwargs)
     assert model.teacache.schedule == oracle.schedule and False in oracle.schedule
     assert equal(found, expected) and tensors_in(model.teacache) == []
 
 
-@pytest.mark.parametrize("way", [dict(rel_l1_thresh=1e9, order=0), dict(rel_l1_thresh=1e9, order=1)], ids=str)
+@pytest.mark.parametrize("way", [dict(rel_l1_thresh=1e9), dict(computed_steps=2)], ids=str)
 def test_a_branch_that_returns_is_computed(model, way):
     """Guidance that pauses: what its branch kept is too old, also where the step itself is skipped."""
     apply_teacache(model, 9, coefficients=IDENTITY, **way)
@@ -230,12 +216,13 @@ def test_a_branch_that_returns_is_computed(model, way):
                     assert bool(calls) == (step in (0, 8) or (name == "uncond" and step == 4)), (step, name)
 
 
-def test_a_replaced_prompt_is_forgotten_a_step_later():
+@pytest.mark.parametrize("way", [dict(rel_l1_thresh=0.3, coefficients=IDENTITY), dict(computed_steps=4)], ids=str)
+def test_a_replaced_prompt_is_forgotten_a_step_later(way):
     """However often it is replaced: the tensors of two steps at most."""
     model, held = tiny_model(num_layers=1), []
     switch = {s: replaced(s) for s in range(1, 6)}
     kept = {id(t) for pair in (PROMPT, NEGATIVE, *switch.values()) for t in pair}
-    apply_teacache(model, 6, 0.3, IDENTITY, order=1)
+    apply_teacache(model, 6, **way)
     model.layers[0].register_forward_pre_hook(
         lambda *_: held.append(len([t for t in tensors_in(model.teacache) if id(t) not in kept]))
     )

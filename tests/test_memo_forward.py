@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 import torch
-from conftest import equal
+from conftest import equal, tensors_in
+from machines import Memo
 from memo_models import (
     ONE_LEVEL,
     ONE_LEVEL_REFERENCE,
@@ -13,18 +14,21 @@ from memo_models import (
     denoise,
     memo,
     memory,
-    oracle_run,
-    path_length,
     set_memory,
-    stock,
     tiny_reference,
     tiny_unet,
 )
 
 from TeaCache4Memo.teacache_memo import apply_teacache, remove_teacache, teacache_forward
 
-STEPS = 8
-SKIPPED = ["conv_in", "conv_norm_out", "conv_act", "conv_out"]
+STEPS, MACHINE = 8, Memo()
+TOP = [
+    "time_proj",
+    "time_embedding",
+    *(f"time_embedding.{name}" for name in ("linear_1", "act", "linear_2")),
+    "conv_in",
+]
+END = ["conv_norm_out", "conv_act", "conv_out"]
 
 
 @pytest.fixture
@@ -38,11 +42,12 @@ def sample_of(clip, seed=5):
 
 
 def ways_off(model):
-    """All the ways in which nothing may be skipped, and one step that never is: the last."""
+    """All the ways in which nothing may be skipped, and the steps that never are: the first and the last."""
     yield "threshold 0", lambda: apply_teacache(model, num_steps=8, rel_l1_thresh=0)
     yield "enable_teacache = False", lambda: setattr(apply_teacache(model, 8, 9.0), "enable_teacache", False)
     yield "the last step", lambda: apply_teacache(model, num_steps=1, rel_l1_thresh=9.0)
-    yield "the last step of a budget", lambda: apply_teacache(model, num_steps=1, computed_steps=1)
+    yield "the first step", lambda: apply_teacache(model, num_steps=8, rel_l1_thresh=9.0)
+    yield "the first step of a budget", lambda: apply_teacache(model, num_steps=8, computed_steps=2)
 
 
 def same_as_stock(model, clip, timestep=500, **more):
@@ -52,7 +57,7 @@ def same_as_stock(model, clip, timestep=500, **more):
         news = {"is_new_audio": first, "update_past_memory": writes}
         before = memory(model)
         with torch.no_grad():
-            expected = stock(model)(sample, timestep=timestep, **inputs, **news)
+            expected = MACHINE.stock(model)(sample, timestep=timestep, **inputs, **news)
         expected_memory = memory(model)
         for way, switch in ways_off(model):
             set_memory(model, before)
@@ -134,14 +139,14 @@ def test_gradients_are_stock(model):
     before, gradients = memory(model), []
     apply_teacache(model, 8, 9.0)
     denoise(model, clip, steps=3)  # stops in the middle of a generation, with a cache
-    assert "teacache" in vars(model)
-    for forward in (stock(model), model):
+    assert tensors_in(model.teacache)
+    for forward in (MACHINE.stock(model), model):
         set_memory(model, before)
         model.zero_grad()
         forward(sample_of(clip), timestep=500, **clip.inputs).sample.square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert gradients[0] and equal(*gradients)
-    assert "teacache" not in vars(model)
+    assert model.teacache.schedule == [] and tensors_in(model.teacache) == []
 
 
 def test_output_class_is_memos(model):
@@ -165,17 +170,16 @@ MORE = [{}, {"guided": False}, {"mask_cond_fea": 3 * torch.ones(2, 32, 2, 4, 4)}
 
 @pytest.mark.parametrize("more", MORE, ids=["plain", "no guidance", "mask_cond_fea", "bfloat16"])
 @pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("order", [0, 1])
-def test_steps_are_those_of_the_oracle(model, more, centered, order):
+def test_steps_are_those_of_the_oracle(model, more, centered):
     """Every output is the oracle's, bit for bit, at several thresholds: computed ones are the stock forward's."""
     model.register_to_config(center_input_sample=centered)
     clip, counts = Clip(**more), []
     model.to(clip.dtype)
-    length = path_length(model, clip)
+    length = MACHINE.path(model, clip)
     for share in (0.1, 0.35, 9):
-        expected, latents, schedule = oracle_run(model, clip, share * length, order=order)
+        expected, latents, schedule = MACHINE.oracle(model, clip, rel_l1_thresh=share * length)
         expected_memory = memory(model)
-        apply_teacache(model, STEPS, share * length, order=order)
+        apply_teacache(model, STEPS, share * length)
         assert equal(denoise(model, clip), (expected, latents))
         assert equal(memory(model), expected_memory) and model.teacache.schedule == schedule
         counts.append(sum(schedule))
@@ -183,16 +187,11 @@ def test_steps_are_those_of_the_oracle(model, more, centered, order):
     assert counts[0] > counts[1] > counts[2] == 2
 
 
-WAYS = {
-    "order 0": ({"rel_l1_thresh": 9.0, "order": 0}, SKIPPED, 1),
-    "order 1": ({"rel_l1_thresh": 9.0, "order": 1}, ["conv_in"], 1),
-    "a budget": ({"computed_steps": 2}, [], 0),
-}
-
-
-@pytest.mark.parametrize("settings, skipped, twice", WAYS.values(), ids=WAYS)
-def test_what_a_skipped_step_runs(model, settings, skipped, twice):
-    """No block and no time embedding; under a budget no module at all. A computed step: stock's, conv_in before it."""
+@pytest.mark.parametrize(
+    "settings, skipped", [({"rel_l1_thresh": 9.0}, TOP + END), ({"computed_steps": 2}, [])], ids=["threshold", "budget"]
+)
+def test_what_a_skipped_step_runs(model, settings, skipped):
+    """No block; under a budget no module at all. A computed step: what stock runs, and nothing else."""
     calls, clip, steps = [], Clip(), []
     for name, module in model.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
@@ -204,17 +203,18 @@ def test_what_a_skipped_step_runs(model, settings, skipped, twice):
         calls.clear()
         return [[name for name in step if name] for step in steps[1:]]  # "" is the model itself
 
-    full = run(stock(model))[0]
+    full = run(MACHINE.stock(model))[0]
     apply_teacache(model, STEPS, **settings)
     found = run(model)
     assert model.teacache.schedule == [True] + [False] * 6 + [True]
     assert found[1:-1] == [skipped] * 6
-    assert found[0] == ["conv_in"] * twice + full and found[-1] == full and len(full) > 40
+    assert found[0] == found[-1] == full and len(full) > 40
+    assert full[: len(TOP)] == TOP and full[-len(END) :] == END
 
 
 @pytest.mark.parametrize("settings", [{"rel_l1_thresh": 9.0}, {"computed_steps": 2}], ids=str)
-def test_no_hook_stays(model, settings):
-    """On conv_norm_out, after a step, and after one that fails; the next generation is as if it never was."""
+def test_after_a_step_that_fails(model, settings):
+    """The next generation is as if it never was, and no hook stays."""
 
     def fails(*_):
         raise RuntimeError("in a block")
@@ -226,6 +226,5 @@ def test_no_hook_stays(model, settings):
     with pytest.raises(RuntimeError, match="in a block"):
         denoise(model, clip)
     broken.remove()
-    assert not model.conv_norm_out._forward_pre_hooks
     assert equal(denoise(model, clip), expected)
-    assert not model.conv_norm_out._forward_pre_hooks
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())

@@ -4,25 +4,22 @@ import pytest
 import torch
 from conftest import equal, tensors_in
 from diffusers import FlowMatchEulerDiscreteScheduler
+from machines import Memo, Oracle
 from memo_models import (
     ONE_LEVEL,
     ONE_LEVEL_REFERENCE,
     Clip,
-    Oracle,
     denoise,
     memory,
-    oracle_run,
-    path_length,
     set_memory,
-    stock,
     tiny_reference,
     tiny_unet,
 )
 
 from TeaCache4Memo.teacache_memo import apply_teacache
 
-STEPS = 8
-WAYS = [{"rel_l1_thresh": 9.0, "order": 0}, {"rel_l1_thresh": 9.0, "order": 1}, {"computed_steps": 2}]
+STEPS, MACHINE = 8, Memo()
+WAYS = [{"rel_l1_thresh": 9.0}, {"computed_steps": 2}]
 
 
 @pytest.fixture
@@ -33,17 +30,17 @@ def model():
 @pytest.fixture(scope="module")
 def some():
     """A threshold at which some steps are skipped and some between first and last are computed."""
-    return path_length(tiny_unet(), Clip()) / 4
+    return MACHINE.path(tiny_unet(), Clip()) / 4
 
 
-def as_oracle(model, clip, thresh=None, **kwargs):
+def as_oracle(model, clip, **kwargs):
     """One clip with TeaCache as it stands, against a fresh oracle beginning with the same memory. Its schedule."""
     before = memory(model)
-    settings = {"order": model.order, "computed_steps": model.computed_steps}
-    *expected, schedule = oracle_run(model, clip, thresh, model.num_steps, **settings, **kwargs)
+    settings = {name: getattr(model, name) for name in ("rel_l1_thresh", "computed_steps")}
+    *expected, schedule = MACHINE.oracle(model, clip, model.num_steps, run=kwargs, **settings)
     expected_memory = memory(model)
     set_memory(model, before)
-    assert equal(denoise(model, clip, **kwargs), tuple(expected))
+    assert equal(denoise(model, clip, model.num_steps, **kwargs), tuple(expected))
     assert equal(memory(model), expected_memory)
     assert model.teacache.schedule == schedule and tensors_in(model.teacache) == []
     return schedule
@@ -52,24 +49,23 @@ def as_oracle(model, clip, thresh=None, **kwargs):
 # --- memory of past frames and clips ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize("settings", [{"rel_l1_thresh": None}, {"rel_l1_thresh": 9.0}, {"computed_steps": 3}], ids=str)
-def test_memory_is_what_stock_leaves(model, some, settings, order):
+def test_memory_is_what_stock_leaves(model, some, settings):
     """First clip and three later ones: KV and Z of every processor, after each, bit for bit."""
     clips, left = [Clip(seed=i) for i in range(4)], []
     for i, clip in enumerate(clips):
-        denoise(stock(model), clip, first=i == 0)
+        denoise(MACHINE.stock(model), clip, first=i == 0)
         left.append(memory(model))
     assert not equal(left[0], left[1]) and all(m[key] is not None for m in left[0] for key in ("KV", "Z"))
     settings = {name: some if value is None else value for name, value in settings.items()}
-    apply_teacache(model, STEPS, **settings, order=order)
+    apply_teacache(model, STEPS, **settings)
     for i, clip in enumerate(clips):
         before = memory(model)
         denoise(model, clip, first=i == 0)
         assert sum(model.teacache.schedule) < STEPS
         assert equal(memory(model), left[i]), f"clip {i}"
         set_memory(model, before)
-        as_oracle(model, clip, settings.get("rel_l1_thresh"), first=i == 0)  # a later clip's outputs, too
+        as_oracle(model, clip, first=i == 0)  # a later clip's outputs, too
 
 
 def writing(forward, at):
@@ -85,17 +81,17 @@ def writing(forward, at):
 
 @pytest.mark.parametrize(
     "settings, computed",
-    [*((way, [0, 3, 5, STEPS - 1]) for way in WAYS[:2]), ({"computed_steps": 6}, None)],
-    ids=["order 0", "order 1", "a budget"],
+    [(WAYS[0], [0, 3, 5, STEPS - 1]), ({"computed_steps": 6}, None)],
+    ids=["threshold", "budget"],
 )
 def test_a_call_that_writes_memory_is_computed(model, settings, computed):
     """In the middle of a later clip. A budget counts these steps."""
     clip, extra = Clip(), (3, 5)
     apply_teacache(model, STEPS, **settings)
-    denoise(stock(model), clip)
+    denoise(MACHINE.stock(model), clip)
     before, budget = memory(model), settings.get("computed_steps")
-    oracle = Oracle(model, 9.0, STEPS, order=model.order, computed_steps=budget)
-    expected = denoise(writing(oracle, extra), clip, first=False)
+    oracle = Oracle(MACHINE, model, STEPS, **settings)
+    expected = MACHINE.denoise(writing(oracle, extra), clip, first=False, before=oracle.at)
     expected_memory = memory(model)
     set_memory(model, before)
     assert equal(denoise(writing(model, extra), clip, first=False), expected)
@@ -125,7 +121,7 @@ def test_a_budget_is_kept_in_every_clip(model, budget):
     """Exactly so many steps of each clip, at memo's own timesteps, evenly; only the first step writes memory."""
     apply_teacache(model, 20, computed_steps=budget)
     for i, clip in enumerate((Clip(), Clip(seed=1), Clip(guided=False, seed=2))):
-        schedule = as_oracle(model, clip, steps=20, first=i != 1)
+        schedule = as_oracle(model, clip, first=i != 1)
         assert (sum(schedule), len(schedule)) == (budget, 20) and schedule[0] and schedule[-1]
         steps = [j for j, computed in enumerate(schedule) if computed]
         gaps = [b - a for a, b in zip(steps, steps[1:])]
@@ -138,7 +134,7 @@ def test_clips_of_other_shapes(model, some):
     others = [{"size": (6, 4)}, {"frames": 3}, {"guided": False}, {"past": 1, "seed": 3}, {"seed": 4}]
     for other in (*others, {"mask_cond_fea": torch.ones(2, 32, 2, 4, 4)}):
         for clip in (Clip(), Clip(**other)):
-            assert 2 <= sum(as_oracle(model, clip, some)) < STEPS
+            assert 2 <= sum(as_oracle(model, clip)) < STEPS
 
 
 # --- steps and calls --------------------------------------------------------------------------------
@@ -150,7 +146,7 @@ def test_timesteps_in_a_list(model, some, settings):
     settings = {name: some if value is None else value for name, value in settings.items()}
     for timesteps in (lambda i, t: [t, t - 0.5], lambda i, t: [torch.tensor(0.0), t], lambda i, t: [0.0, float(t)]):
         apply_teacache(model, STEPS, **settings)
-        assert 2 < sum(as_oracle(model, Clip(), some, timesteps=timesteps)) < STEPS
+        assert 2 < sum(as_oracle(model, Clip(), timesteps=timesteps)) < STEPS
 
 
 DIFFER = {

@@ -7,17 +7,16 @@ import torch
 from conftest import equal, tensors_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machines import IDENTITY, Oracle
 
 STEPS = 8
-SHARES = {"order 0": dict(order=0), "order 1": dict(order=1)}
-SHARES |= {"computed steps": dict(computed_steps=4), "tolerance": dict(tolerance=2.0)}
+WAYS = {"threshold": None, "computed steps": dict(computed_steps=4), "tolerance": dict(tolerance=2.0)}
 
 
-@pytest.fixture(params=SHARES)
+@pytest.fixture(params=WAYS)
 def way(request, machine):
     """Settings under which some steps are skipped and some between the first and the last are computed."""
-    more = SHARES[request.param]
-    return more if "order" not in more else more | {"rel_l1_thresh": machine.path(machine.model(), machine.job()) / 3}
+    return WAYS[request.param] or {"rel_l1_thresh": machine.path(machine.model(), machine.job()) / 3}
 
 
 class Interrupted(Exception):
@@ -33,7 +32,7 @@ def stop(at):
 
 
 def interrupt(machine, model, job, at, inside):
-    """A generation that stops at this call of the model: before it, or inside a block."""
+    """A generation that stops at this call of the model: before it, or, if it runs any module, inside of it."""
     hook = None
 
     def before(step, branch, count):
@@ -41,8 +40,7 @@ def interrupt(machine, model, job, at, inside):
         if count == at and not inside:
             raise Interrupted
         if count == at:
-            module = machine.last(model) if getattr(model, "order", 0) == 0 else machine.block(model)
-            hook = module.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(Interrupted))
+            hook = machine.last(model).register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(Interrupted))
 
     try:
         machine.denoise(model, job, before=before)
@@ -56,13 +54,12 @@ def interrupt(machine, model, job, at, inside):
 
 
 @pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
-@pytest.mark.parametrize("order", [0, 1])
-def test_thresholds(machine, guided, order):
+def test_thresholds(machine, guided):
     """Schedule and outputs are the oracle's; blocks run in computed steps alone; more threshold, fewer steps."""
     model, job = machine.model(), machine.job(guided=guided)
     path, calls, counts = machine.path(model, job), machine.block_calls(model), []
     for share in (1e-9, 0.1, 0.2, 0.35, 0.6, 9):
-        way = {"rel_l1_thresh": share * path, "order": order}
+        way = {"rel_l1_thresh": share * path}
         expected = machine.oracle(model, job, **way)
         calls.clear()
         found = machine.denoise(machine.apply(model, **way), job)
@@ -73,8 +70,9 @@ def test_thresholds(machine, guided, order):
     assert counts == sorted(counts, reverse=True)
 
 
-@pytest.mark.parametrize("coefficients", [[2.0, 0.0, 0.05], [4.0, -1.0, 0.3], [-0.2], [0.0]], ids=str)
+@pytest.mark.parametrize("coefficients", [[2.0, 0.0, 0.05], [4.0, -1.0, 0.3], [-0.2], [0.0], [-1.0, 0.1]], ids=str)
 def test_polynomials(machine, coefficients):
+    """The last one falls below zero at 0.1, and some changes are larger: these are computed."""
     model, job = machine.model(), machine.job()
     way = {"rel_l1_thresh": 0.3, "coefficients": coefficients}
     expected = machine.oracle(model, job, **way)
@@ -84,8 +82,8 @@ def test_polynomials(machine, coefficients):
 
 @pytest.mark.parametrize("budget", [2, 3, 5, 8])
 def test_computed_steps(machine, budget):
-    """Exactly so many, in two generations one after the other, whatever they are of; and a budget has no order."""
-    model = machine.apply(machine.model(), computed_steps=budget, order=0)
+    """Exactly so many, in two generations one after the other, whatever they are of."""
+    model = machine.apply(machine.model(), computed_steps=budget)
     calls = machine.block_calls(model)
     for job, passes in ((machine.job(), machine.passes), (machine.job(1, guided=False), 1)):
         expected = machine.oracle(model, job, computed_steps=budget)
@@ -96,24 +94,23 @@ def test_computed_steps(machine, budget):
 
 
 @pytest.mark.parametrize("off", ["threshold 0", "below zero", "disabled", "gradients"])
-@pytest.mark.parametrize("order", [0, 1])
-def test_off_is_stock_bit_for_bit_and_keeps_nothing(machine, off, order):
+def test_off_is_stock_bit_for_bit_and_keeps_nothing(machine, off):
     """Also at threshold 0 with a polynomial below zero, whose sum lies below it."""
     model, job = machine.model(), machine.job()
     stock, held = machine.denoise(machine.stock(model), job), []
     thresh = 9.0 if off in ("disabled", "gradients") else 0
-    machine.apply(model, rel_l1_thresh=thresh, order=order, coefficients=[-1.0] if off == "below zero" else [1.0, 0.0])
+    machine.apply(model, rel_l1_thresh=thresh, coefficients=[-1.0] if off == "below zero" else IDENTITY)
     model.enable_teacache = off != "disabled"
 
     def call(*args, **kwargs):
         with torch.set_grad_enabled(off == "gradients"):
             output = model(*args, **kwargs)
-        held.extend(b for b in vars(model).get("teacache", model).__dict__.get("branches", []))
+        held.extend([*model.teacache.branches, model.teacache.previous_modulated_input])
         return tuple(x.detach() for x in output)
 
     assert equal(machine.denoise(call, job), stock)
-    assert all(b.residual is None and not b.history for b in held)
-    assert ("teacache" in vars(model)) == (thresh == 0)
+    assert all(kept is None or kept.is_empty for kept in held) and tensors_in(model.teacache) == []
+    assert model.teacache.schedule == ([True] * STEPS if thresh == 0 else [])
 
 
 def test_nothing_is_held_when_the_last_step_begins(machine, way):
@@ -141,7 +138,7 @@ def test_a_change_that_is_no_number_computes(machine):
         for step, value in enumerate([0.5, float("nan"), 0.5, 0.5, 0.5]):
             machine.call(model, job, step / 5, value)
     assert model.teacache.schedule == [True, True, True, False, True]
-    machine.apply(model, rel_l1_thresh=1e9, coefficients=[float("nan")])
+    model.num_steps, model.coefficients = STEPS, [float("nan")]  # apply_teacache refuses these
     machine.denoise(model, job)
     assert model.teacache.schedule == [True] * STEPS
 
@@ -161,14 +158,21 @@ def test_the_caller_may_write_into_the_output(machine, way):
     assert equal(outputs, expected)
 
 
-def test_a_step_called_twice(machine):
-    """As a scheduler of second order does: of two outputs the later counts, and there is no line within a step."""
-    model, job = machine.model(), machine.job()
-    machine.apply(model, rel_l1_thresh=1e9, order=1)
+@pytest.mark.parametrize("settings", [dict(rel_l1_thresh=1e9), dict(computed_steps=2)], ids=str)
+def test_a_step_called_twice(machine, settings):
+    """As by tiles or a scheduler of second order: the second call has a branch of its own, which ends without calls."""
+    model, job, outputs = machine.model(), machine.job(), []
+    machine.apply(model, **settings)
+    calls, run = machine.block_calls(model), []
     with torch.no_grad():
-        outputs = [machine.call(model, job, time, value) for time, value in ((0.0, 1.0), (0.0, 2.0), (0.2, 3.0))]
-    assert model.teacache.schedule == [True, False]
-    assert not equal(outputs[0], outputs[1]) and equal(outputs[2], outputs[1])
+        for time, value in ((0.0, 1.0), (0.0, 2.0), (0.2, 1.0), (0.2, 2.0), (0.4, 1.0), (0.5, 1.0), (0.5, 2.0)):
+            outputs.append(machine.call(model, job, time, value))
+            run.append(len(calls))
+            calls.clear()
+    assert model.teacache.schedule == [True, False, False, False] and run == [1, 1, 0, 0, 0, 0, 1]
+    if "computed_steps" in settings:  # one output each: the forecast is that output
+        first, second, *later = outputs
+        assert not equal(first, second) and equal(later[:4], [first, second, first, first])
 
 
 @pytest.mark.parametrize("how", ["disabled", "gradients"])
@@ -186,12 +190,15 @@ def test_switched_off_midway_nothing_old_is_used(machine, how):
         assert bool(calls) == (step in (0, 3, 4, 5)), step
 
 
-def test_order_changed_midway(machine):
-    """Residuals and outputs are never taken for each other: a branch without the one computes."""
+def test_rule_changed_midway(machine):
+    """Residuals and outputs are never taken for each other: another rule begins with a computed step."""
     model, job = machine.model(), machine.job()
     machine.apply(model, rel_l1_thresh=1e9)
-    machine.denoise(model, job, before=lambda step, branch, count: setattr(model, "order", int(step >= 3)))
-    assert model.teacache.schedule == [True, False, False, True, False, False, False, True]
+    change = {3: 2, 5: None}
+    machine.denoise(
+        model, job, before=lambda step, *_: setattr(model, "computed_steps", change.get(step, model.computed_steps))
+    )
+    assert model.teacache.schedule == [True, False, False, True, False, True, False, True]
 
 
 def test_num_steps_that_is_not_the_pipelines(machine):
@@ -272,20 +279,27 @@ def test_after_an_interruption_as_fresh(machine, way, inside):
     as_fresh_after_stopping_at(machine, way, inside, range(machine.passes + (not inside), STEPS * machine.passes))
 
 
-@pytest.mark.parametrize("order", [0, 1])
-def test_after_an_interruption_in_the_first_step_as_fresh(machine, order):
-    way = {"rel_l1_thresh": machine.path(machine.model(), machine.job()) / 3, "order": order}
+def test_after_an_interruption_in_the_first_step_as_fresh(machine, way):
+    """A call that did not come to its end tells that there was one."""
     as_fresh_after_stopping_at(machine, way, True, range(machine.passes))
 
 
 def test_another_size_after_the_first_step(machine, way):
-    """The same conditioning at the same timestep, for other latents: not the branch that was left behind."""
+    """The same conditioning at the same timestep, for other latents: not the branch that was left behind.
+
+    A network alone takes these calls for more of that step; what a threshold saw there was not theirs.
+    """
     model, other = machine.apply(machine.model(), **way), machine.job(size=(2, 4))
-    expected = machine.denoise(model, other)
-    schedule = model.teacache.schedule
-    machine.apply(model, **way)
     interrupt(machine, model, machine.job(), machine.passes, inside=False)
-    assert equal(machine.denoise(model, other), expected) and model.teacache.schedule == schedule
+    found = machine.denoise(model, other)
+    oracle = Oracle(machine, model, STEPS, **way)
+
+    def before(step, branch, count):
+        oracle.at(step, branch, count)
+        if count == machine.passes:
+            oracle.last = None, None
+
+    assert equal(found, machine.denoise(oracle, other, before=before)) and model.teacache.schedule == oracle.schedule
 
 
 def test_after_a_generation_of_one_step_as_fresh(machine):
@@ -306,9 +320,7 @@ generations = st.fixed_dictionaries(
         "steps": st.integers(2, 7),
         "cast": st.sampled_from([False, True, "all"]),
         "way": st.one_of(
-            st.fixed_dictionaries(
-                {"rel_l1_thresh": st.sampled_from([0.0, 0.03, 0.1, 0.3, 2.0]), "order": st.sampled_from([0, 1])}
-            ),
+            st.fixed_dictionaries({"rel_l1_thresh": st.sampled_from([0.0, 0.03, 0.1, 0.3, 2.0])}),
             st.fixed_dictionaries({"computed_steps": st.integers(2, 7)}),
             st.fixed_dictionaries({"tolerance": st.sampled_from([0.0, 0.05, 0.3, 1.0, 9.0])}),
         ),
@@ -322,7 +334,7 @@ def test_any_mix_of_generations(machine):
     model = machine.model()
 
     @settings(max_examples=15)
-    @given(st.lists(generations, min_size=1, max_size=3), st.sampled_from([[1.0, 0.0], [4.0, -1.0, 0.3], [2.0, 0.05]]))
+    @given(st.lists(generations, min_size=1, max_size=3), st.sampled_from([[1.0, 0.0], [4.0, -1.0, 0.3], [-1.0, 0.2]]))
     def check(mix, coefficients):
         machine.script.remove_teacache(model)
         machine.apply(model, rel_l1_thresh=0)
@@ -334,15 +346,8 @@ def test_any_mix_of_generations(machine):
             if "computed_steps" in way:
                 way["computed_steps"] = min(way["computed_steps"], g["steps"])
             expected = machine.oracle(model, job, g["steps"], **way)
-            values = {
-                "rel_l1_thresh": 0.0,
-                "order": 0,
-                "computed_steps": None,
-                "tolerance": None,
-                **way,
-                "num_steps": g["steps"],
-            }
-            vars(model).update(values)
+            limits = dict.fromkeys(("rel_l1_thresh", "computed_steps", "tolerance"))
+            vars(model).update(limits | way, num_steps=g["steps"])
             try:
                 found = machine.denoise(model, job, g["steps"], before=stop(g["interrupt"]), **run)
             except Interrupted:

@@ -1,0 +1,276 @@
+"""Others on the model: hooks of accelerate and diffusers, wrappers, compiling, saving, copying, reloading."""
+
+import copy
+import functools
+import importlib
+import importlib.util
+import io
+import sys
+
+import pytest
+import torch
+from conftest import equal
+
+WAY = {"rel_l1_thresh": 0.1}
+
+
+class Counter:
+    """A wrapper around a forward that somebody else wrote."""
+
+    calls = 0
+
+    def wrap(self, forward):
+        def wrapper(*args, **kwargs):
+            self.calls += 1
+            return forward(*args, **kwargs)
+
+        return wrapper
+
+
+def accelerate_hook(model, counter):
+    hooks = pytest.importorskip("accelerate.hooks")
+
+    class Hook(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            counter.calls += 1
+            return args, kwargs
+
+    hooks.add_hook_to_module(model, Hook())
+    return lambda: hooks.remove_hook_from_module(model)
+
+
+def diffusers_hook(model, counter):
+    hooks = pytest.importorskip("diffusers.hooks")
+
+    class Hook(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            counter.calls += 1
+            return args, kwargs
+
+    registry = hooks.HookRegistry.check_if_exists_or_initialize(model)
+    registry.register_hook(Hook(), "counter")
+    return lambda: registry.remove_hook("counter", recurse=False)
+
+
+def diffusers_hook_with_its_own_forward(model, counter):
+    hooks = pytest.importorskip("diffusers.hooks")
+
+    class Hook(hooks.ModelHook):
+        def new_forward(self, module, *args, **kwargs):
+            counter.calls += 1
+            return self.fn_ref.original_forward(*args, **kwargs)
+
+    registry = hooks.HookRegistry.check_if_exists_or_initialize(model)
+    registry.register_hook(Hook(), "counter")
+    return lambda: registry.remove_hook("counter", recurse=False)
+
+
+def accelerate_around_diffusers(model, counter):
+    inner = diffusers_hook(model, counter)
+    outer = accelerate_hook(model, Counter())
+    return lambda: (outer(), inner())
+
+
+def diffusers_around_accelerate(model, counter):
+    inner = accelerate_hook(model, counter)
+    outer = diffusers_hook(model, Counter())
+    return lambda: (outer(), inner())
+
+
+HOOKS = accelerate_hook, diffusers_hook, diffusers_hook_with_its_own_forward
+HOOKS += accelerate_around_diffusers, diffusers_around_accelerate
+
+
+@pytest.mark.parametrize("hook_first", [True, False])
+@pytest.mark.parametrize("add_hook", HOOKS)
+def test_hooks_before_and_after(machine, add_hook, hook_first):
+    """Both work in either order; removing either leaves the other; and once more."""
+    model, job, counter = machine.model(), machine.job(), Counter()
+    calls = 8 * machine.passes
+    stock, (*cached, schedule) = machine.denoise(model, job), machine.oracle(model, job, **WAY)
+    before = set(vars(model))
+
+    def expect(output, hooked):
+        counter.calls = 0
+        assert equal(machine.denoise(model, job), tuple(output)) and counter.calls == calls * hooked
+
+    for _ in range(2):
+        steps = [lambda: machine.apply(model, **WAY), lambda: setattr(counter, "remove", add_hook(model, counter))]
+        for step in reversed(steps) if hook_first else steps:
+            step()
+        expect(cached, hooked=True)
+        assert model.teacache.schedule == schedule and False in schedule
+        machine.apply(model, **WAY)
+        expect(cached, hooked=True)
+        machine.script.remove_teacache(model)
+        expect(stock, hooked=True)
+        machine.apply(model, **WAY)
+        expect(cached, hooked=True)
+        counter.remove()
+        expect(cached, hooked=False)
+        machine.script.remove_teacache(model)
+        expect(stock, hooked=False)
+        assert set(vars(model)) - before <= {"forward", "_diffusers_hook"}, "what the hooks leave"
+
+
+OFFLOADS = {
+    "block": {"offload_type": "block_level", "num_blocks_per_group": 1},
+    "leaf": {"offload_type": "leaf_level"},
+    "block, to disk": {"offload_type": "block_level", "num_blocks_per_group": 1, "offload_to_disk_path": "disk"},
+    "leaf, to disk": {"offload_type": "leaf_level", "offload_to_disk_path": "disk"},
+}
+
+
+@pytest.mark.parametrize("offload_first", [True, False])
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_group_offload(machine, offload, offload_first, tmp_path):
+    """diffusers' own, also to disk: weights that are not there give NaN."""
+    hooks = pytest.importorskip("diffusers.hooks")
+    options = OFFLOADS[offload] | {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
+    if "offload_to_disk_path" in options:
+        options["offload_to_disk_path"] = str(tmp_path)
+        try:
+            hooks.apply_group_offloading(torch.nn.Linear(1, 1), **options | {"offload_type": "leaf_level"})
+        except TypeError:
+            pytest.skip("this diffusers does not offload to disk")
+    model, job = machine.model(), machine.job()
+    stock, (*cached, _) = machine.denoise(model, job), machine.oracle(model, job, **WAY)
+    steps = [lambda: machine.apply(model, rel_l1_thresh=0), lambda: hooks.apply_group_offloading(model, **options)]
+    for step in reversed(steps) if offload_first else steps:
+        step()
+    assert equal(machine.denoise(model, job), stock), "threshold 0"
+    machine.apply(model, **WAY)
+    assert equal(machine.denoise(model, job), tuple(cached))
+    machine.script.remove_teacache(model)
+    assert equal(machine.denoise(model, job), stock)
+    calls = machine.block_calls(model)
+    machine.denoise(model, job)
+    assert len(calls) == 8 * machine.passes, "nothing is cached any more"
+
+
+def test_a_wrapper_put_on_later(machine):
+    """It holds our forward: that one is switched off, and on again."""
+    model, job, counter = machine.model(), machine.job(), Counter()
+    stock, (*cached, _) = machine.denoise(model, job), machine.oracle(model, job, **WAY)
+    machine.apply(model, **WAY)
+    model.forward = counter.wrap(model.forward)
+    assert equal(machine.denoise(model, job), tuple(cached)) and counter.calls == 8 * machine.passes
+    for _ in range(2):
+        machine.script.remove_teacache(model)
+        assert equal(machine.denoise(model, job), stock)
+        machine.apply(model, **WAY)
+        assert equal(machine.denoise(model, job), tuple(cached))
+    assert counter.calls == 8 * machine.passes * 5
+    machine.script.remove_teacache(model)
+    del model.forward
+    assert equal(machine.denoise(machine.apply(model, **WAY), job), tuple(cached)), "without the wrapper, as new"
+
+
+@pytest.mark.parametrize("bind", [True, False], ids=["bound", "plain"])
+def test_a_wrapper_that_was_there_before_is_refused(machine, bind):
+    model, counter = machine.model(), Counter()
+    wrapper = counter.wrap(model.forward)
+    model.forward = functools.partial(wrapper) if not bind else type(model).forward.__get__(model)
+    if bind:  # the stock forward itself, bound: as hooks leave it behind
+        machine.apply(model, **WAY)
+        return
+    before = dict(vars(model))
+    with pytest.raises(ValueError, match="forward of this .* was replaced: apply TeaCache before that") as error:
+        machine.apply(model, **WAY)
+    assert "\n" not in str(error.value) and vars(model) == before
+
+
+def test_another_method_bound_to_the_model_is_a_wrapper(machine):
+    """As other caches patch an instance."""
+    model = machine.model()
+    model.forward = (lambda self, *args, **kwargs: None).__get__(model)
+    with pytest.raises(ValueError, match="was replaced"):
+        machine.apply(model, **WAY)
+
+
+WRAPPED = {
+    "compiled": lambda model: torch.compile(model),
+    "in a container": lambda model: torch.nn.Sequential(model),
+    "data parallel": lambda model: torch.nn.DataParallel(model),
+    "another network": lambda model: torch.nn.Linear(1, 1),
+    "no network": lambda model: object(),
+    "nothing": lambda model: None,
+    "a class": lambda model: type(model),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_what_is_no_such_network_is_refused(machine, wrap):
+    model = machine.model()
+    wrapped = WRAPPED[wrap](model)
+    before = dict(vars(model))
+    for function in (machine.script.apply_teacache, machine.script.remove_teacache):
+        with pytest.raises(ValueError, match=f"for a pipeline or its {machine.script.NETWORK}") as error:
+            function(wrapped)
+        assert "\n" not in str(error.value) and vars(model) == before
+
+
+def test_saved_and_loaded(machine):
+    """With torch.save, in the middle of a generation and after it."""
+    model, job = machine.model(), machine.job()
+    *cached, schedule = machine.oracle(model, job, **WAY)
+    machine.apply(model, **WAY)
+    with pytest.raises(ZeroDivisionError):
+        machine.denoise(model, job, before=lambda step, branch, count: 1 / (3 - step))
+    for _ in range(2):
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        torch.nn.init.zeros_(next(machine.last(model).parameters()))  # the loaded one runs its own blocks
+        assert equal(machine.denoise(loaded, job), tuple(cached)) and loaded.teacache.schedule == schedule
+        model = loaded
+    machine.script.remove_teacache(loaded)
+    assert "forward" not in vars(loaded)
+
+
+def test_copied(machine):
+    model, job = machine.model(), machine.job()
+    stock, (*cached, _) = machine.denoise(model, job), machine.oracle(model, job, **WAY)
+    machine.apply(model, **WAY)
+    other, calls = copy.deepcopy(model), machine.block_calls(model)
+    assert equal(machine.denoise(other, job), tuple(cached)) and not calls
+    machine.script.remove_teacache(model)
+    assert equal(machine.denoise(other, job), tuple(cached)) and not calls
+    assert equal(machine.denoise(machine.script.remove_teacache(other), job), stock)
+
+
+def test_removed_by_a_reloaded_module(machine):
+    model, job, script = machine.model(), machine.job(), machine.script
+    stock, (*cached, _) = machine.denoise(model, job), machine.oracle(model, job, **WAY)
+    kept = dict(vars(script))
+    try:
+        machine.apply(model, **WAY)
+        assert importlib.reload(script).remove_teacache is not kept["remove_teacache"]
+        script.remove_teacache(model)
+        assert equal(machine.denoise(model, job), stock) and "forward" not in vars(model)
+        script.apply_teacache(model, 8, coefficients=[1.0, 0.0], **WAY)
+        assert equal(machine.denoise(model, job), tuple(cached))
+    finally:
+        vars(script).update(kept)
+
+
+def test_removed_by_a_module_of_another_name(machine):
+    """As a command it is `__main__`, for a tool that imports it another module."""
+    model, job = machine.model(), machine.job()
+    stock = machine.denoise(model, job)
+    spec = importlib.util.spec_from_file_location("another_name", machine.script.__file__)
+    sys.modules["another_name"] = other = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(other)
+        for one, two in ((machine.script, other), (other, machine.script)):
+            one.apply_teacache(model, 8, **WAY)
+            two.remove_teacache(model)
+            assert equal(machine.denoise(model, job), stock) and "forward" not in vars(model)
+            one.apply_teacache(model, 8, **WAY)
+            two.apply_teacache(model, 8, computed_steps=3)
+            machine.denoise(model, job)
+            assert sum(model.teacache.schedule) == 3
+            one.remove_teacache(model)
+    finally:
+        del sys.modules["another_name"]
