@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
@@ -68,6 +68,8 @@ COEFFICIENTS = COEFFICIENTS_V1  # calibrate_lumina2.py fits them to another mode
 DAMPING = 0.25  # of the extrapolation, see Branch.forecast
 CURVATURE = 60.0  # initial error of the extrapolation over the square of its gap, see by_tolerance
 LONGEST_GAP = 0.2  # under a tolerance: time without a computed step, of 1 from noise to image
+TRUST = 4.0
+CORRECT = True  # with a pipeline: correct the latents for skipped steps, see Corrector
 # ------------------------------------------------------------------------------
 
 
@@ -224,6 +226,16 @@ def by_tolerance(cache):
     return not expected < cache.settings.tolerance
 
 
+def extrapolate(points, t):
+    """v1 + a(g) (v1 - v0), as above, from points [(t0, v0), (t1, v1)]; v1 where there is no other."""
+    t1, v1 = points[-1]
+    if len(points) == 1:
+        return v1.clone()
+    t0, v0 = points[0]
+    g = (t - t1) / (t1 - t0)
+    return v1 + (v1 - v0) * (g / (1 + DAMPING * g))
+
+
 def relative_l1(new, old):
     """mean |new - old| / mean |old|, accumulated in float32; a tensor."""
     return (new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)
@@ -270,13 +282,7 @@ class Branch:
         self.outputs = [*earlier[-1:], (timestep, output.clone())]  # the caller may write into its output
 
     def forecast(self, timestep):
-        """v1 + a(g) (v1 - v0), see above: g gaps ahead of the last computed step it advances a(g) times, damped."""
-        t1, v1 = self.outputs[-1]
-        if len(self.outputs) == 1:
-            return v1.clone()
-        t0, v0 = self.outputs[0]
-        g = (timestep - t1) / (t1 - t0)
-        return v1 + (v1 - v0) * (g / (1 + DAMPING * g))
+        return extrapolate(self.outputs, timestep)
 
 
 class Settings(NamedTuple):
@@ -335,6 +341,7 @@ class TeaCacheState:
         self.observed_branch = None  # in this branch
         self.curvature = CURVATURE  # error of the extrapolation over the square of its gap
         self.branches = []
+        self.calls = 0  # of the network in the running step
         self.ticks = None  # of the pipeline's clock, when the running step began
         self.thread = threading.get_ident()
 
@@ -388,7 +395,7 @@ class TeaCacheState:
             self.measure_curvature()
         self.branches = [branch for branch in self.branches if branch.step == self.step]  # the others have ended
         self.timesteps.append(timestep)
-        self.num_steps, self.settings, self.ticks = num_steps, settings, ticks
+        self.num_steps, self.settings, self.ticks, self.calls = num_steps, settings, ticks, 0
         rule = None if self.is_last_step else settings.rule
         if rule is not self.rule or self.is_last_step:
             self.free()
@@ -437,11 +444,53 @@ class TeaCacheState:
             branch.remember(self.timesteps[-1], output)
 
 
+class Corrector:
+    """Moves the latents to where they would be, had the skipped steps known what the next computed step knows.
+
+    A skipped step uses a guessed velocity. At the next computed step the true one is known there, so that of the
+    skipped steps can be interpolated. For the skipped steps j, with sigmas s,
+
+        latents += trust * sum of (s[j+1] - s[j]) * (interpolated(s[j]) - used[j])        trust = 1 / (1 + TRUST e)
+
+    e is the relative error of the extrapolation at the computed step: where it is large, the true velocity was taken
+    at the wrong place. The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867) and, for
+    caches, PrediT (arXiv 2602.18093); here it is made in the latents, after guidance, however steps are skipped.
+    """
+
+    def __init__(self):
+        self.calls = None  # of the network in the last step
+        self.computed = []  # (sigma, velocity) of the last two computed steps
+        self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
+        self.latents = None  # as the last step left them
+
+    def correction(self, sigma, velocity):
+        """What to add to the latents after a computed step, in float32; 0 if nothing was skipped."""
+        total = 0.0
+        earlier = [(s, v) for s, v in self.computed if s > sigma]  # sigmas of a scheduler may repeat
+        if earlier and self.skipped:
+            s0, v0 = earlier[-1]
+            for s, next_s, used in self.skipped:
+                interpolated = v0 + (velocity - v0) * ((s - s0) / (sigma - s0))
+                total = total + (next_s - s) * (interpolated - used)
+            error = norm(extrapolate(earlier, sigma) - velocity) / norm(velocity)
+            total = total / (1 + TRUST * error)
+        self.computed = [*earlier[-1:], (sigma, velocity)]
+        self.skipped = []
+        return total
+
+
+def norm(x):
+    """Euclidean norm of each image: (batch, 1, ...)."""
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
 class Clock:
     """The running generation of a pipeline, as its scheduler knows it; see `follow`."""
 
     def __init__(self, scheduler):
         self.scheduler = scheduler
+        self.cache = None  # of the generation
+        self.corrector = Corrector()
         self.ticks = 0  # grows whenever a step ends
         self.remaining = []  # timesteps of the running step and of those ahead: 0 is noise, 1 the image
         self.has_restarted = False  # the timesteps were set, and the network has not been called since
@@ -450,6 +499,7 @@ class Clock:
         length = getattr(self.scheduler.config, "num_train_timesteps", 1000)
         self.remaining = [1 - t / length for t in self.scheduler.timesteps.tolist()]
         self.has_restarted = True
+        self.corrector = Corrector()
         self.ticks += 1
 
     def start_at(self, timestep):
@@ -461,6 +511,12 @@ class Clock:
     def tick(self):
         self.remaining = self.remaining[1:]
         self.ticks += 1
+
+    @property
+    def corrects(self):
+        """Euler steps, in which a velocity moves the latents by itself times the difference of sigmas."""
+        is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
+        return CORRECT and is_euler and not self.scheduler.config.get("stochastic_sampling") and self.cache is not None
 
     def shows(self, timestep):
         """Whether a call at this timestep is of the running step, and not of a loop with another scheduler."""
@@ -474,10 +530,36 @@ def set_timesteps_and_restart(clock, stock, *args, **kwargs):
     return result
 
 
-def step_and_tick(clock, stock, *args, **kwargs):
-    result = stock(*args, **kwargs)
+def step_and_tick(clock, stock, model_output, timestep, sample, *args, **kwargs):
+    result = stock(model_output, timestep, sample, *args, **kwargs)
+    if clock.corrects:
+        result = with_correction(clock, model_output, sample, result)
     clock.tick()
     return result
+
+
+def with_correction(clock, velocity, sample, result):
+    """What the scheduler's step returns, its latents corrected."""
+    cache, corrector, scheduler = clock.cache, clock.corrector, clock.scheduler
+    sigma, next_sigma = scheduler.sigmas[scheduler.step_index - 1 : scheduler.step_index + 1].tolist()
+    if cache.ticks != clock.ticks or cache.calls != corrector.calls or not same(sample, corrector.latents):
+        corrector = clock.corrector = Corrector()  # guidance began or ended, or the latents were replaced
+    corrector.calls = cache.calls
+    latents = result[0]
+    if cache.schedule[-1]:
+        correction = corrector.correction(sigma, velocity.float())
+        latents = (latents + correction).to(latents.dtype)
+    else:
+        corrector.skipped.append((sigma, next_sigma, velocity.float()))
+    corrector.latents = latents
+    if isinstance(result, tuple):
+        return (latents, *result[1:])
+    result.prev_sample = latents
+    return result
+
+
+def same(latents, left):
+    return left is not None and (latents is left or torch.equal(latents, left))
 
 
 def follow(scheduler):
@@ -518,6 +600,9 @@ def begin_call(model, timestep, conditioning, latents):
             cache.begin_step(timestep, len(cache.timesteps) + len(clock.remaining), settings, clock.ticks)
     elif not cache.timesteps or timestep != cache.timesteps[-1]:
         cache.begin_step(timestep, settings.num_steps, settings)
+    cache.calls += 1
+    if clock is not None:
+        clock.cache = cache
     return cache, cache.find_branch(conditioning, layout)
 
 
