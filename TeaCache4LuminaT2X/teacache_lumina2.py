@@ -28,7 +28,10 @@ The first and the last step are always computed.
 import argparse
 import functools
 import inspect
+import itertools
 import math
+import os
+import sys
 import threading
 import time
 import warnings
@@ -39,6 +42,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_lumina2_to_diffusers, load_single_file_checkpoint
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
@@ -68,8 +72,8 @@ COEFFICIENTS = COEFFICIENTS_V1  # calibrate_lumina2.py fits them to another mode
 DAMPING = 0.25  # of the extrapolation, see Branch.forecast
 CURVATURE = 60.0  # initial error of the extrapolation over the square of its gap, see by_tolerance
 LONGEST_GAP = 0.2  # under a tolerance: time without a computed step, of 1 from noise to image
-TRUST = 4.0
-CORRECT = True  # with a pipeline: correct the latents for skipped steps, see Corrector
+CORRECT = True  # with a pipeline: correct the latents afterwards for what skipped steps got wrong, see Corrector
+TRUST = 4.0  # of the correction: the larger, the less is corrected where the extrapolation errs
 # ------------------------------------------------------------------------------
 
 
@@ -753,10 +757,47 @@ def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, tole
 # Running Lumina-Image-2.0: arguments, loading, one image
 # ------------------------------------------------------------------------------
 
+OUTPUT = Path("teacache_lumina2_output.png")
+LIMITS = "rel_l1_thresh", "computed_steps", "tolerance"
+FEW_STEPS = 16  # with fewer, caching is not worth it, see warn_of_few_steps
+COMFYUI_PREFIX = "model.diffusion_model."  # of the names of weights in single files for ComfyUI
+WHICH_SETTING = """\
+which setting?        flag                  constant             on the bundled model
+  as published        --rel-l1-thresh 0.3   REL_L1_THRESH = 0.3  1.42x, 47.0 dB
+  N times faster      --computed-steps 15   COMPUTED_STEPS = 15  1.95x, 56.1 dB (30 / N steps)
+  no visible change   --tolerance 0.003     TOLERANCE = 0.003    1.49x, 58.5 dB
+"""
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Takes --computed_steps for --computed-steps, and so on. An error is one line that mentions --help."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([with_hyphens(word) for word in words], namespace)
+
+    def error(self, message):
+        super().error(" ".join(str(message).split()) + " (see --help)")
+
+
+def with_hyphens(word):
+    """--computed-steps=15 for --computed_steps=15; what is no flag is returned as it is."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
+
 
 def parse_args(argv=None, extend=lambda parser: None):
-    """The arguments, checked before anything is loaded. `extend` adds or replaces flags, for other tools."""
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, conflict_handler="resolve")  # an error is one line
+    """The arguments, checked before anything is loaded. `extend` adds or replaces flags, for other tools.
+
+    A tool may set the defaults `default_output` (None: it writes no picture) and `beside`, suffixes of the files that
+    it writes beside the picture.
+    """
+    parser = FlagParser(
+        usage=argparse.SUPPRESS,
+        conflict_handler="resolve",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=WHICH_SETTING,
+    )
     add = parser.add_argument
     add("--model", help=f"folder or Hub name; default {MODEL} with a CUDA GPU, else the bundled emoji model")
     add("--transformer", metavar="FILE", help="single-file checkpoint of the transformer, such as Neta Lumina")
@@ -773,36 +814,149 @@ def parse_args(argv=None, extend=lambda parser: None):
     add("--seed", type=int, default=SEED)
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default bfloat16 on a GPU, float32 on a CPU")
     add("--offload", choices=["none", "model", "sequential"], default="none", help="keep the weights in CPU memory")
-    add("--output", type=Path, default=Path("teacache_lumina2_output.png"))
+    add("--output", type=Path, help=f"a new file; default {OUTPUT}, or the next free number")
+    parser.set_defaults(default_output=OUTPUT, beside=())
     extend(parser)
     args = parser.parse_args(argv)
-    args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if args.model is None and args.device != "cuda":
-        if not BUNDLED_MODEL.is_dir():
-            parser.error(f"no CUDA GPU for the real model, and no bundled one: give --model, {MODEL} or a small one")
-        args.model, args.device = str(BUNDLED_MODEL), "cpu"
+    try:
+        bundled = choose_model(args)
+        check_arguments(args)
+        if args.default_output is not None:
+            args.output = args.output or free_name(args.default_output, args.beside)
+            check_output(args.output, args.beside)
+    except (ValueError, OSError) as error:
+        parser.error(error)
+    if bundled:
         print(f"No CUDA GPU: using the bundled emoji model. For the real one: --model {MODEL}")
+    return args
+
+
+def choose_model(args):
+    """Set model, device and dtype where they are not given. Returns whether the bundled model was chosen."""
+    args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    bundled = args.model is None and args.device != "cuda"
+    if bundled:
+        if not BUNDLED_MODEL.is_dir():
+            raise ValueError(f"no CUDA GPU for the real model, and no bundled one: give --model, {MODEL} or a small one")
+        args.model, args.device = str(BUNDLED_MODEL), "cpu"
     args.model = args.model or MODEL
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    try:
-        check_settings(args.num_inference_steps, args.rel_l1_thresh, args.computed_steps, args.tolerance)
-        kind = Lumina2Pipeline.load_config(args.model).get("_class_name")
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
+    return bundled
+
+
+def check_arguments(args):
+    """Raise ValueError or OSError for what cannot work. Of the model it reads the configuration only."""
+    check_settings(args.num_inference_steps, **limits_of(args))
+    check_seed(args.seed)
+    if not (math.isfinite(args.guidance_scale) and math.isfinite(args.cfg_trunc_ratio)):
+        raise ValueError("--guidance-scale and --cfg-trunc-ratio must be finite numbers")
+    kind = Lumina2Pipeline.load_config(args.model).get("_class_name")
     if kind not in ("Lumina2Pipeline", "Lumina2Text2ImgPipeline"):
-        parser.error(f"{args.model} is a {kind}: give a Lumina2Pipeline, such as {MODEL}")
-    if any(size is not None and (size <= 0 or size % 16) for size in (args.height, args.width)):
-        parser.error("--height and --width must be multiples of 16")
-    if args.output.suffix not in (".png", ".jpg", ".webp") or not args.output.parent.is_dir():
-        parser.error(f"--output {args.output} must end in .png, .jpg or .webp, in an existing folder")
-    return args
+        raise ValueError(f"{args.model} is a {kind}: give a Lumina2Pipeline, such as {MODEL}")
+    config = Lumina2Transformer2DModel.load_config(args.model, subfolder="transformer")
+    with torch.device("meta"):  # names and shapes without weights
+        network = Lumina2Transformer2DModel.from_config(config)
+    _, rows, columns = network.config.axes_lens  # positions of tokens: of the prompt, and of an image of 16-pixel patches
+    check_size("--height", args.height, 16 * rows)
+    check_size("--width", args.width, 16 * columns)
+    if args.transformer:
+        check_transformer(args.transformer, network, args.model)
+
+
+def check_seed(seed):
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"the seed must be at most {2**64 - 1}, not {seed}")
+
+
+def check_size(flag, size, longest):
+    if size is not None and (not 0 < size <= longest or size % 16):
+        raise ValueError(f"{flag} must be a multiple of 16, at most {longest} for this model, not {size}")
+
+
+def check_transformer(file, network, model):
+    """Raise ValueError unless the file has all weights of the network."""
+    is_url = "://" in file
+    if not is_url and not Path(file).is_file():
+        raise ValueError(f"--transformer {file}: no such file")
+    if file.endswith(".gguf") or not is_url and Path(file).open("rb").read(4) == b"GGUF":
+        own_code = "or load it in your own code with diffusers' GGUFQuantizationConfig, then apply_teacache(pipeline)"
+        raise ValueError(f"--transformer {file} is a GGUF file: give a .safetensors file, {own_code}")
+    try:
+        weights = read_transformer(file)  # mapped into memory, hardly read
+    except Exception as error:
+        raise ValueError(f"--transformer {file} cannot be read as a checkpoint: download it again") from error
+    try:
+        weights = convert_lumina2_to_diffusers(weights)
+    except RuntimeError:  # it splits by the widths of Lumina-Image-2.0
+        weights = {}
+    shapes = {name: weight.shape for name, weight in network.state_dict().items()}
+    wrong = [name for name in shapes if name not in weights or weights[name].shape != shapes[name]]
+    if wrong:
+        which = f"{len(wrong)} of {len(shapes)} weights are missing or of another size, such as {wrong[0]}"
+        raise ValueError(f"--transformer {file} does not fit --model {model}: {which}")
+
+
+def read_transformer(file):
+    """{name: weight} of a single file. Of one for ComfyUI, those of the transformer, as diffusers' converter needs them."""
+    weights = load_single_file_checkpoint(file)
+    prefixed = [name for name in weights if name.startswith(COMFYUI_PREFIX)]
+    return {name.removeprefix(COMFYUI_PREFIX): weights[name] for name in prefixed or weights}
+
+
+def check_output(path, beside=()):
+    """Raise ValueError if the picture, or a file beside it, exists or cannot be written."""
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--output {path} must end in .png, .jpg, .jpeg or .webp")
+    for file in files_of(path, beside):
+        try:
+            file.open("x").close()
+            file.unlink()
+        except FileExistsError:
+            raise ValueError(f"--output: {file} exists: give another name, or remove it") from None
+        except OSError as error:
+            raise ValueError(f"--output {file} cannot be written ({error.strerror}): give another folder") from None
+
+
+def files_of(path, beside):
+    return [path, *map(path.with_suffix, beside)]
+
+
+def free_name(path, beside=()):
+    """output.png, or output_2.png where that exists, and so on."""
+    names = itertools.chain([path], (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(2)))
+    return next(name for name in names if not any(map(os.path.lexists, files_of(name, beside))))
+
+
+def save_image(image, path, **options):
+    """Written completely or not at all: into a temporary file, which is then renamed."""
+    draft = path.with_name(f".{path.stem[:40]}.{os.getpid()}{path.suffix}")
+    try:
+        image.save(draft, **options)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def limits_of(args):
+    return {name: getattr(args, name) for name in LIMITS}
+
+
+def warn_of_few_steps(num_steps, rel_l1_thresh=None, computed_steps=None, tolerance=None):
+    """Of a setting that skips steps where there are few."""
+    rel_l1_thresh, computed_steps, tolerance = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
+    skips = computed_steps < num_steps if computed_steps is not None else bool(rel_l1_thresh or tolerance)
+    if skips and num_steps < FEW_STEPS:
+        reason = "on the bundled model, 6 plain steps came closer to 12 than 6 computed of 12 (41.7 against 34.4 dB)"
+        plain = f"--num-inference-steps {max(1, num_steps // 2)} --rel-l1-thresh 0"
+        print(f"Warning: {num_steps} steps are too few for caching: {reason}. Try {plain}", file=sys.stderr)
 
 
 def load_pipeline(args):
     options = {"torch_dtype": getattr(torch, args.dtype)}
     if args.transformer:
         of = {"config": args.model, "subfolder": "transformer"}
-        options["transformer"] = Lumina2Transformer2DModel.from_single_file(args.transformer, **of, **options)
+        weights = read_transformer(args.transformer)
+        options["transformer"] = Lumina2Transformer2DModel.from_single_file(weights, **of, **options)
     pipeline = Lumina2Pipeline.from_pretrained(args.model, **options)
     # Recipes:
     # pipeline.load_lora_weights("style.safetensors")
@@ -817,8 +971,7 @@ def load_pipeline(args):
 
 def generate(pipeline, args):
     """Returns a PIL image, the seconds that it took, and the schedule: True for each computed step."""
-    limits = {name: getattr(args, name) for name in ("rel_l1_thresh", "computed_steps", "tolerance")}
-    apply_teacache(pipeline, **limits)
+    apply_teacache(pipeline, **limits_of(args))
     names = "prompt negative_prompt num_inference_steps height width guidance_scale cfg_trunc_ratio".split()
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: equal noise on every device
     began = time.perf_counter()
@@ -826,12 +979,21 @@ def generate(pipeline, args):
     return image, time.perf_counter() - began, pipeline.transformer.teacache.schedule
 
 
+def setting_of(args):
+    """Such as "computed_steps 15"."""
+    limits = zip(LIMITS, limits_or_constants(**limits_of(args)))
+    return next(f"{name} {value:g}" for name, value in limits if value is not None)
+
+
 def main(argv=None):
     args = parse_args(argv)
+    warn_of_few_steps(args.num_inference_steps, **limits_of(args))
     warnings.simplefilter("ignore", FutureWarning)  # of diffusers, whose oldest version knows only torch_dtype
     image, seconds, schedule = generate(load_pipeline(args), args)
-    image.save(args.output)
-    print(f"saved {args.output}: {seconds:.2f} s, {sum(schedule)} of {len(schedule)} steps computed")
+    output = free_name(args.output)  # another run may have taken the name
+    save_image(image, output)
+    steps = f"{sum(schedule)} of {len(schedule)} steps computed ({setting_of(args)})"
+    print(f"saved {output}: {seconds:.1f} s, {steps}, seed {args.seed}")
 
 
 if __name__ == "__main__":

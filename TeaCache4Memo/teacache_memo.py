@@ -62,6 +62,8 @@ COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: the iden
 DAMPING = 0.25  # of the extrapolation, see Branch.forecast
 CURVATURE = 60.0  # initial error of the extrapolation over the square of its gap, see by_tolerance
 LONGEST_GAP = 0.2  # under a tolerance: time without a computed step, of 1 from noise to image
+CORRECT = True  # with a pipeline: correct the latents afterwards for what skipped steps got wrong, see Corrector
+TRUST = 4.0  # of the correction: the larger, the less is corrected where the extrapolation errs
 # ------------------------------------------------------------------------------
 
 

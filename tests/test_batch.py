@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -132,10 +133,24 @@ def test_other_settings_are_an_error(here, drawn, capsys, monkeypatch, flags, ot
     assert error.count("\n") == 1 and f"{FILES[0]} exists with different {other}" in error and files() == before
 
 
-def test_an_edited_constant_is_another_setting(here, drawn, capsys, monkeypatch):
-    assert run() == 0
-    monkeypatch.setattr(teacache_lumina2, "REL_L1_THRESH", 0.2)
-    assert run() == 2 and "exists with different constants" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "constant, value, other",
+    [
+        ("REL_L1_THRESH", 0.2, "rel_l1_thresh"),
+        ("COMPUTED_STEPS", 3, "computed_steps"),
+        ("COEFFICIENTS", [1.0, 0.0], "coefficients"),
+    ],
+)
+def test_an_edited_constant_is_another_setting(here, drawn, capsys, monkeypatch, constant, value, other):
+    """Where it holds: a limit that is given goes before it."""
+    limit = FAST[4:]
+    monkeypatch.setitem(globals(), "FAST", FAST[:4])
+    assert run(output="plain") == run(*limit) == 0
+    monkeypatch.setattr(teacache_lumina2, constant, value)
+    assert run(output="plain") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(rf"exists with different .*{other}", line)
+    assert run(*limit) == (2 if constant == "COEFFICIENTS" else 0)
 
 
 def test_one_that_fails_and_the_rest_goes_on(here, drawn, monkeypatch, capsys):

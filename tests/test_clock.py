@@ -83,6 +83,12 @@ def loop(machine):
     return Loop(machine)
 
 
+@pytest.fixture
+def uncorrected(machine, monkeypatch):
+    """As a network alone is, whose scheduler nobody knows."""
+    monkeypatch.setattr(machine.script, "CORRECT", False)
+
+
 def fresh(loop, way, *args, **kwargs):
     """What a new network and a new scheduler give: the latents, and the schedule."""
     other = Loop(loop.machine, type(loop.scheduler).from_config(loop.scheduler.config))
@@ -95,7 +101,7 @@ def stopped(loop, at, **kwargs):
         loop.draw(stop=at, **kwargs)
 
 
-def test_num_steps_is_not_needed(loop, way):
+def test_num_steps_is_not_needed(loop, way, uncorrected):
     """It is read from the scheduler, each time; the same as a network alone that is told."""
     loop.apply(**way)
     with warnings.catch_warnings():
@@ -224,7 +230,7 @@ def test_two_pipelines_of_one_scheduler(machine, way):
     assert sum(two.schedule) == 3 and len(two.schedule) == 5
 
 
-def test_a_scheduler_that_is_put_in_later_is_not_followed(loop, way):
+def test_a_scheduler_that_is_put_in_later_is_not_followed(loop, way, uncorrected):
     """Then all is as on a network alone, also after an image that was stopped under the first scheduler."""
     loop.apply(num_steps=8, **way)
     expected = fresh(loop, way)
@@ -272,10 +278,11 @@ def test_a_copied_and_a_pickled_pipeline(loop, way):
 
 @pytest.mark.parametrize("alone", [True, False], ids=["network", "pipeline"])
 @pytest.mark.parametrize("seeds", [(0, 1), (0, 1, 2)], ids=str)
-def test_tiles(loop, alone, seeds):
+def test_tiles(loop, alone, seeds, monkeypatch):
     """Two calls of one step with the same conditioning: each has its own cache, so each is as if it were drawn alone."""
     for way in ({"rel_l1_thresh": 9.0, "coefficients": [1.0, 0.0]}, {"computed_steps": 3}):
         if alone:
+            monkeypatch.setattr(loop.machine.script, "CORRECT", False)
             loop.machine.script.apply_teacache(loop.model, 8, **way)
         else:
             loop.apply(**way)
