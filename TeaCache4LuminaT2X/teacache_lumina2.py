@@ -215,6 +215,11 @@ def by_budget(cache):
     return way[step] + pace / 2 >= last_computed + (last_step - last_computed) / left
 
 
+def by_plan(cache):
+    """Compute the steps of a list."""
+    return cache.step in cache.settings.computed_steps
+
+
 def by_tolerance(cache):
     """Compute when the errors expected of the steps since the last computed one add up to the tolerance.
 
@@ -295,12 +300,14 @@ class Settings(NamedTuple):
     num_steps: int
     coefficients: list
     rel_l1_thresh: float | None
-    computed_steps: int | None
+    computed_steps: int | list | None
     tolerance: float | None
 
     @property
     def rule(self):
         """What decides which steps are computed; None: all are."""
+        if isinstance(self.computed_steps, (list, tuple)):
+            return by_plan
         if self.computed_steps is not None:
             return by_budget
         if self.tolerance is not None:
@@ -339,7 +346,7 @@ class TeaCacheState:
         self.schedule = []  # one entry a step: True if computed, False if skipped, None while not decided
         self.num_steps = None  # of the whole generation
         self.settings = None  # those of the running step
-        self.rule = None  # by_threshold, by_budget, by_tolerance, or None: every step is computed
+        self.rule = None  # by_threshold, by_budget, by_plan, by_tolerance, or None: every step is computed
         self.accumulated_rel_l1_distance = 0.0  # since the last computed step
         self.previous_modulated_input = None  # of the last step,
         self.observed_branch = None  # in this branch
@@ -363,7 +370,7 @@ class TeaCacheState:
 
     @property
     def extrapolates(self):
-        return self.rule in (by_budget, by_tolerance)
+        return self.rule in (by_budget, by_plan, by_tolerance)
 
     @property
     def needs_modulated_input(self):
@@ -401,6 +408,8 @@ class TeaCacheState:
         self.timesteps.append(timestep)
         self.num_steps, self.settings, self.ticks, self.calls = num_steps, settings, ticks, 0
         rule = None if self.is_last_step else settings.rule
+        if rule is by_plan:
+            check_plan(settings.computed_steps, num_steps)
         if rule is not self.rule or self.is_last_step:
             self.free()
         self.rule = rule
@@ -451,41 +460,63 @@ class TeaCacheState:
 class Corrector:
     """Moves the latents to where they would be, had the skipped steps known what the next computed step knows.
 
-    A skipped step uses a guessed velocity. At the next computed step the true one is known there, so that of the
-    skipped steps can be interpolated. For the skipped steps j, with sigmas s,
+    A skipped step uses a guessed velocity. At the next computed step the true one is known, so those of the skipped
+    steps can be interpolated, and the difference is made up for. With sigmas s, and the skipped steps j,
 
-        latents += trust * sum of (s[j+1] - s[j]) * (interpolated(s[j]) - used[j])        trust = 1 / (1 + TRUST e)
+        latents += sum of (s[j+1] - s[j]) (interpolated(s[j]) - used[j]) / (1 + TRUST e)
 
     e is the relative error of the extrapolation at the computed step: where it is large, the true velocity was taken
-    at the wrong place. The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867) and, for
-    caches, PrediT (arXiv 2602.18093); here it is made in the latents, after guidance, however steps are skipped.
+    at the wrong place. The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867), and for
+    caches in PrediT (arXiv 2602.18093). Here it acts on the latents, after guidance, however the steps were skipped.
     """
 
     def __init__(self):
-        self.calls = None  # of the network in the last step
         self.computed = []  # (sigma, velocity) of the last two computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
-        self.latents = None  # as the last step left them
+        self.calls = None  # of the network in the last step: guidance, or none
+        self.latents = None  # as the last step left them,
+        self.version = None  # before anybody wrote into them
+
+    def correct(self, latents, velocity, sigma, next_sigma, is_computed):
+        """The latents after a step that was computed, or skipped."""
+        velocity = velocity.to(torch.float32, copy=True)
+        if is_computed:
+            latents = (latents + self.correction(sigma, velocity)).to(latents.dtype)
+            earlier = [(s, v) for s, v in self.computed if s > sigma]
+            self.computed = [*earlier[-1:], (sigma, velocity)]
+            self.skipped = []
+        else:
+            self.skipped.append((sigma, next_sigma, velocity))
+        self.latents, self.version = latents, version_of(latents)
+        return latents
 
     def correction(self, sigma, velocity):
-        """What to add to the latents after a computed step, in float32; 0 if nothing was skipped."""
+        """The formula above; 0 if nothing was skipped. Sigmas fall, and those of a scheduler may repeat."""
+        if not self.skipped or not self.computed or sigma >= self.computed[-1][0]:
+            return 0.0
+        s0, v0 = self.computed[-1]
         total = 0.0
-        earlier = [(s, v) for s, v in self.computed if s > sigma]  # sigmas of a scheduler may repeat
-        if earlier and self.skipped:
-            s0, v0 = earlier[-1]
-            for s, next_s, used in self.skipped:
-                interpolated = v0 + (velocity - v0) * ((s - s0) / (sigma - s0))
-                total = total + (next_s - s) * (interpolated - used)
-            error = norm(extrapolate(earlier, sigma) - velocity) / norm(velocity)
-            total = total / (1 + TRUST * error)
-        self.computed = [*earlier[-1:], (sigma, velocity)]
-        self.skipped = []
-        return total
+        for s, next_s, used in self.skipped:
+            interpolated = v0 + (velocity - v0) * ((s - s0) / (sigma - s0))
+            total = total + (next_s - s) * (interpolated - used)
+        error = norm(extrapolate(self.computed, sigma) - velocity) / norm(velocity)
+        return total / (1 + TRUST * error)
+
+    def continues(self, latents, calls):
+        """Whether a step goes on from the last one: with as much guidance, and with latents that nobody has replaced."""
+        if self.latents is None or calls != self.calls or version_of(self.latents) != self.version:
+            return False
+        return latents is self.latents or torch.equal(latents, self.latents)
 
 
 def norm(x):
-    """Euclidean norm of each image: (batch, 1, ...)."""
+    """Euclidean norm of each image, in the shape (batch, 1, ...)."""
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def version_of(tensor):
+    """Grows when somebody writes into the tensor."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Clock:
@@ -493,17 +524,25 @@ class Clock:
 
     def __init__(self, scheduler):
         self.scheduler = scheduler
-        self.cache = None  # of the generation
-        self.corrector = Corrector()
         self.ticks = 0  # grows whenever a step ends
         self.remaining = []  # timesteps of the running step and of those ahead: 0 is noise, 1 the image
+        self.sigmas = []  # of all steps
         self.has_restarted = False  # the timesteps were set, and the network has not been called since
+        self.cache = None  # the network's state, when it was last called
+        self.corrector = Corrector()
+
+    @property
+    def corrects(self):
+        """Only Euler steps: they move the latents by the velocity times the difference of two sigmas."""
+        is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
+        return CORRECT and is_euler and not self.scheduler.config.get("stochastic_sampling")
 
     def restart(self):
         length = getattr(self.scheduler.config, "num_train_timesteps", 1000)
         self.remaining = [1 - t / length for t in self.scheduler.timesteps.tolist()]
-        self.has_restarted = True
+        self.sigmas = self.scheduler.sigmas.tolist() if self.corrects else []
         self.corrector = Corrector()
+        self.has_restarted = True
         self.ticks += 1
 
     def start_at(self, timestep):
@@ -516,16 +555,22 @@ class Clock:
         self.remaining = self.remaining[1:]
         self.ticks += 1
 
-    @property
-    def corrects(self):
-        """Euler steps, in which a velocity moves the latents by itself times the difference of sigmas."""
-        is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
-        return CORRECT and is_euler and not self.scheduler.config.get("stochastic_sampling") and self.cache is not None
-
     def shows(self, timestep):
         """Whether a call at this timestep is of the running step, and not of a loop with another scheduler."""
         nearest = min(self.remaining, key=lambda t: abs(t - timestep), default=math.inf)
         return abs(nearest - timestep) < 0.002 and nearest == self.remaining[0]  # bfloat16 rounds by 0.002
+
+    def correct(self, result, model_output, timestep, sample, *args, **kwargs):
+        """What `scheduler.step` returned for these arguments, with the latents corrected."""
+        if self.cache is None or self.cache.ticks != self.ticks:  # TeaCache has not seen this step
+            self.corrector = Corrector()
+            return result
+        if not self.corrector.continues(sample, self.cache.calls):
+            self.corrector = Corrector()
+        self.corrector.calls = self.cache.calls
+        sigma, next_sigma = self.sigmas[self.scheduler.step_index - 1 :][:2]
+        latents = self.corrector.correct(result[0], model_output, sigma, next_sigma, self.cache.schedule[-1])
+        return (latents, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=latents)
 
 
 def set_timesteps_and_restart(clock, stock, *args, **kwargs):
@@ -534,36 +579,12 @@ def set_timesteps_and_restart(clock, stock, *args, **kwargs):
     return result
 
 
-def step_and_tick(clock, stock, model_output, timestep, sample, *args, **kwargs):
-    result = stock(model_output, timestep, sample, *args, **kwargs)
+def step_and_tick(clock, stock, *args, **kwargs):
+    result = stock(*args, **kwargs)
     if clock.corrects:
-        result = with_correction(clock, model_output, sample, result)
+        result = clock.correct(result, *args, **kwargs)
     clock.tick()
     return result
-
-
-def with_correction(clock, velocity, sample, result):
-    """What the scheduler's step returns, its latents corrected."""
-    cache, corrector, scheduler = clock.cache, clock.corrector, clock.scheduler
-    sigma, next_sigma = scheduler.sigmas[scheduler.step_index - 1 : scheduler.step_index + 1].tolist()
-    if cache.ticks != clock.ticks or cache.calls != corrector.calls or not same(sample, corrector.latents):
-        corrector = clock.corrector = Corrector()  # guidance began or ended, or the latents were replaced
-    corrector.calls = cache.calls
-    latents = result[0]
-    if cache.schedule[-1]:
-        correction = corrector.correction(sigma, velocity.float())
-        latents = (latents + correction).to(latents.dtype)
-    else:
-        corrector.skipped.append((sigma, next_sigma, velocity.float()))
-    corrector.latents = latents
-    if isinstance(result, tuple):
-        return (latents, *result[1:])
-    result.prev_sample = latents
-    return result
-
-
-def same(latents, left):
-    return left is not None and (latents is left or torch.equal(latents, left))
 
 
 def follow(scheduler):
@@ -649,7 +670,8 @@ def apply_teacache(
     model: with a pipeline, its scheduler tells where an image begins and how many steps it has (the scheduler that it
     has now; one that is put in later is not followed). With the network alone, the calls must tell: then `num_steps`
     must be `num_inference_steps`, and an image that was stopped in its first step must not be the last.
-    rel_l1_thresh, computed_steps, tolerance: at most one of them; the default is the constants above.
+    rel_l1_thresh, computed_steps (a number, or a list of steps), tolerance: at most one of them; the default is the
+    constants above.
     coefficients: of the polynomial for rel_l1_thresh, highest power first.
 
     A network draws one image (or batch) at a time, unless several take turns in each step: threads need one each.
@@ -736,6 +758,14 @@ def is_stock(forward, network):
     return getattr(forward, "__self__", None) is network and forward.__func__ in stock
 
 
+def check_plan(plan, num_steps):
+    """A list of computed steps, from the first to the last one."""
+    if not plan or any(not isinstance(step, int) for step in plan) or list(plan) != sorted(set(plan)) or plan[0] != 0:
+        raise ValueError(f"a list of computed_steps must be rising whole numbers from 0, not {plan}")
+    if num_steps is not None and plan[-1] != num_steps - 1:
+        raise ValueError(f"computed_steps is a list for {plan[-1] + 1} steps, not for {num_steps}")
+
+
 def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, tolerance=None, coefficients=None):
     """Raise ValueError for settings that cannot work; num_steps is None if the scheduler will tell."""
     if num_steps is not None and (not num_steps >= 1 or num_steps % 1):
@@ -745,10 +775,13 @@ def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, tole
     rel_l1_thresh, computed_steps, tolerance = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
     if any(limit is not None and not 0 <= limit < math.inf for limit in (rel_l1_thresh, tolerance)):
         raise ValueError("rel_l1_thresh and tolerance must be numbers of at least 0; 0 skips nothing")
-    if computed_steps is not None and num_steps is None and (not computed_steps >= 1 or computed_steps % 1):
+    if isinstance(computed_steps, (list, tuple)):
+        check_plan(computed_steps, num_steps)
+    elif computed_steps is not None and num_steps is None and (not computed_steps >= 1 or computed_steps % 1):
         raise ValueError(f"computed_steps must be a whole number of at least 1, not {computed_steps}")
-    if None not in (computed_steps, num_steps) and computed_steps not in range(min(2, num_steps), num_steps + 1):
-        raise ValueError(f"computed_steps must be 2 to {num_steps}, the number of steps, not {computed_steps}")
+    elif computed_steps is not None and num_steps is not None:
+        if computed_steps not in range(min(2, num_steps), num_steps + 1):
+            raise ValueError(f"computed_steps must be 2 to {num_steps}, the number of steps, not {computed_steps}")
     if coefficients is not None and not np.isfinite(coefficients).all():
         raise ValueError(f"coefficients must be finite numbers, not {coefficients}")
 

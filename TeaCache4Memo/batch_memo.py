@@ -3,14 +3,13 @@
     python batch_memo.py pairs.csv --output_dir videos
     accelerate launch batch_memo.py pairs.csv --output_dir videos
 
-Videos are named by line number and files, and use --seed + line number - 1. Rerun the command to resume: a video that
+Videos are numbered without the empty lines, and use --seed + number - 1. Rerun the command to resume: a video that
 exists is skipped. A JSON file beside each video stores its files, seed and settings; other settings are an error.
 Takes the flags of teacache_memo.py as well.
 """
 
 import csv
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -31,27 +30,42 @@ def parse_args(argv=None):
 
     def extend(parser):
         parser.add_argument("pairs", metavar="FILE", help="CSV, one image,audio per line")
-        parser.set_defaults(parser=parser, input_image=__file__, input_audio=__file__)  # placeholders, not used
+        parser.set_defaults(parser=parser)
 
-    args = teacache_memo.parse_args(argv, extend)
+    args = teacache_memo.parse_args(argv, extend, has_inputs=False)
     limits = dict(zip(args.limits, teacache_memo.limits_or_constants(**args.limits)))
-    settings = {**limits, "coefficients": teacache_memo.COEFFICIENTS, "config": dict(args.config)}
+    settings = {**limits, "coefficients": teacache_memo.COEFFICIENTS, "emotion": args.emotion}
+    settings["config"] = dict(args.config)
     try:
-        pairs = [line for line in csv.reader(Path(args.pairs).read_text(encoding="utf-8-sig").splitlines()) if line]
         args.paths, args.jobs = [], []
-        for i, pair in enumerate(pairs):
-            if len(pair) != 2 or not all(Path(file.strip()).is_file() for file in pair):
-                raise ValueError(f"{args.pairs}, line {i + 1}: {','.join(pair)} must be image,audio, two files")
-            image, audio = (file.strip() for file in pair)
+        for i, (image, audio) in enumerate(read_pairs(args.pairs)):
             args.paths.append(args.output_dir / f"{i + 1:04d}-{Path(image).stem}-{Path(audio).stem}.mp4")
             job = {"image": image, "audio": audio, "seed": args.seed + i, **settings}
             if not is_done(args.paths[-1], job):
                 args.jobs.append((args.paths[-1], job))
-        if not pairs:
-            raise ValueError(f"{args.pairs} is empty; expected one image,audio per line")
-    except (OSError, ValueError, csv.Error) as error:
+    except (OSError, ValueError) as error:
         args.parser.error(str(error))
     return args
+
+
+def read_pairs(path):
+    """The pairs (image, audio) of a CSV file. Raises ValueError with the line of the file if one cannot be read."""
+    try:
+        lines = csv.reader(Path(path).read_text(encoding="utf-8-sig").splitlines())
+        numbered = [(lines.line_num, [file.strip() for file in line]) for line in lines if any(map(str.strip, line))]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8: save it as CSV in UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}; expected one image,audio per line") from None
+    if not numbered:
+        raise ValueError(f"{path} is empty; expected one image,audio per line")
+    for number, pair in numbered:
+        if len(pair) != 2:
+            raise ValueError(f"{path}, line {number}: {','.join(pair)} must be image,audio with one comma between them")
+        for file in pair:
+            if not Path(file).is_file():
+                raise ValueError(f"{path}, line {number}: there is no file {file}")
+    return [pair for _, pair in numbered]
 
 
 def is_done(path, job):
@@ -66,24 +80,26 @@ def is_done(path, job):
     return True
 
 
-def make(pipeline, audio_proj, config, path, job):
-    """One video, through a temporary file: written completely or not at all."""
-    draft = path.with_name(f".{path.stem}.{os.getpid()}.mp4")
+def make(pipeline, audio_proj, config, path, job, bar):
+    """One video, and the JSON beside it, which is written first: there is no video of unknown settings."""
     with tempfile.TemporaryDirectory() as folder:
-        inputs = teacache_memo.prepare(job["image"], job["audio"], config, folder)
+        inputs = teacache_memo.prepare(job["image"], job["audio"], config, folder, job["emotion"])
         limits = {name: job[name] for name in ("rel_l1_thresh", "computed_steps", "tolerance")}
-        frames, _, _ = teacache_memo.generate(pipeline, audio_proj, inputs, config, job["seed"], **limits)
+        clips = teacache_memo.generate(pipeline, audio_proj, inputs, config, job["seed"], bar=bar, **limits)
+        beside = path.with_suffix(".json")
+        beside.write_text(json.dumps(job), encoding="utf-8")
         try:
-            teacache_memo.write_video(frames, draft, config.fps, inputs.sound)
-            path.with_suffix(".json").write_text(json.dumps(job), encoding="utf-8")
-            draft.replace(path)
-        finally:
-            draft.unlink(missing_ok=True)
+            teacache_memo.write_video(clips, path, config.fps, inputs.sound)
+        except BaseException:  # also when interrupted
+            beside.unlink()
+            raise
 
 
 def main(argv=None):
     args = parse_args(argv)
+    teacache_memo.quiet()
     state, failed, config = PartialState(cpu=not torch.cuda.is_available()), [], args.config
+    bar = "" if state.is_main_process else None
     state.wait_for_everyone()  # all processes have listed which videos are missing
     with state.split_between_processes(args.jobs) as jobs:
         if jobs:
@@ -91,7 +107,7 @@ def main(argv=None):
             pipeline, audio_proj = teacache_memo.load_pipeline(**models, device=state.device)
         for path, job in tqdm(jobs, unit="video", disable=not state.is_main_process):
             try:
-                make(pipeline, audio_proj, config, path, job)
+                make(pipeline, audio_proj, config, path, job, bar)
             except Exception as error:
                 failed.append(str(path))
                 print(f"{path} failed: {type(error).__name__}: {error}", file=sys.stderr)

@@ -1,9 +1,10 @@
-"""Compare TeaCache settings for MEMO: one video with a panel for each, a Markdown table and a JSON line.
+"""Compare TeaCache settings for MEMO: one video with a panel for each, a Markdown table, and a JSON file.
 
     python compare_memo.py --input_image face.jpg --input_audio speech.wav      # 0.09, 0.15, 0.25, half of the steps
     python compare_memo.py --rel_l1_thresh 0.15 --computed_steps 10 7
 
-Each panel is compared with the original, which is not cached. Takes the flags of teacache_memo.py as well.
+Each panel is compared with the original, which is not cached. The JSON file is beside the video, under its name. All
+videos are kept in memory until the end: use a short voice. Takes the flags of teacache_memo.py as well.
 """
 
 import json
@@ -28,10 +29,11 @@ def parse_args(argv=None):
     """The arguments; `settings` has those of each panel, the original first."""
 
     def extend(parser):
-        add = parser.add_argument
-        add("--rel_l1_thresh", nargs="*", type=float, dest="thresholds", default=[0.09, 0.15, 0.25], metavar="T")
-        add("--tolerance", nargs="*", type=float, dest="tolerances", default=[], metavar="T")
-        add("--computed_steps", nargs="*", type=int, dest="budgets", metavar="K", help="default: half of the steps")
+        add, several = teacache_memo.add_flag, {"nargs": "*", "type": float, "metavar": "T"}
+        add(parser, "rel_l1_thresh", dest="thresholds", default=[0.09, 0.15, 0.25], **several)
+        add(parser, "tolerance", dest="tolerances", default=[], **several)
+        steps = "default: half of the steps"
+        add(parser, "computed_steps", dest="budgets", nargs="*", type=int, metavar="K", help=steps)
         parser.set_defaults(rel_l1_thresh=None, computed_steps=None, tolerance=None, parser=parser)
 
     args = teacache_memo.parse_args(argv, extend)
@@ -43,8 +45,9 @@ def parse_args(argv=None):
     try:
         for each in args.settings:
             teacache_memo.check_settings(args.config.inference_steps, **each)
-        if args.output.exists():
-            raise ValueError(f"{args.output} exists: move it, or give another --output_dir")
+        for path in (args.output, args.output.with_suffix(".json")):
+            if path.exists():
+                raise ValueError(f"{path} exists: move it, or give another --output_dir")
     except ValueError as error:
         args.parser.error(str(error))
     return args
@@ -57,14 +60,20 @@ def psnr(frames, reference):
     return 10 * math.log10(1 / mse) if mse > 0 else math.inf
 
 
+def name_setting(settings):
+    """What a panel is called."""
+    if settings["rel_l1_thresh"] is not None:
+        return f"threshold {settings['rel_l1_thresh']:g}" if settings["rel_l1_thresh"] else "original"
+    if settings["tolerance"] is not None:
+        return f"tolerance {settings['tolerance']:g}"
+    return f"{settings['computed_steps']} steps a clip"
+
+
 def caption(entry):
     """The lines of text under a panel."""
-    thresh, computed = entry["rel_l1_thresh"], f"{entry['computed']} of {entry['steps']} steps"
-    tolerance = entry["tolerance"]
-    name = f"{entry['computed_steps']} steps a clip" if tolerance is None else f"tolerance {tolerance:g}"
-    name = name if thresh is None else f"threshold {thresh:g}" if thresh else "original"
     cost = f"{entry['seconds']:.1f} s, {entry['speedup']:.2f}x"
-    return name, cost, computed, f"PSNR {entry['psnr']:.1f} dB" if thresh != 0 else ""
+    quality = f"PSNR {entry['psnr']:.1f} dB" if entry["rel_l1_thresh"] != 0 else ""
+    return name_setting(entry), cost, f"{entry['computed']} of {entry['steps']} steps", quality
 
 
 def panels(videos, entries):
@@ -89,17 +98,17 @@ def panels(videos, entries):
 def compare(args, folder):
     """Make and time all panels. Returns the videos, their entries and the path of the sound."""
     config = args.config
-    inputs = teacache_memo.prepare(args.input_image, args.input_audio, config, folder)
+    inputs = teacache_memo.prepare(args.input_image, args.input_audio, config, folder, args.emotion)
     models = {"model": config.model_name_or_path, "vae": config.vae, "dtype": config.weight_dtype}
     pipeline, audio_proj = teacache_memo.load_pipeline(**models)
 
-    def make(**settings):
-        return teacache_memo.generate(pipeline, audio_proj, inputs, config, args.seed, **settings)
+    def make(bar, **settings):
+        return teacache_memo.generate_all(pipeline, audio_proj, inputs, config, args.seed, bar=bar, **settings)
 
-    make(rel_l1_thresh=0.0, clips=1)  # warm-up
+    make("warm-up,", rel_l1_thresh=0.0, clips=1)
     videos, entries = [], []
     for settings in args.settings:
-        frames, seconds, schedule = make(**settings)
+        frames, seconds, schedule = make(f"{name_setting(settings)},", **settings)
         videos.append(frames)
         entry = {**settings, "seconds": seconds, "computed": sum(schedule), "steps": len(schedule)}
         entries.append(entry | {"psnr": psnr(frames, videos[0])})
@@ -109,22 +118,26 @@ def compare(args, folder):
 
 def main(argv=None):
     args = parse_args(argv)
+    teacache_memo.quiet()
     with tempfile.TemporaryDirectory() as folder:
         videos, entries, sound = compare(args, folder)
-        teacache_memo.write_video(panels(videos, entries), args.output, args.config.fps, sound)
+        pages = (page[None] for page in panels(videos, entries))
+        output = teacache_memo.write_video(pages, args.output, args.config.fps, sound)
     gpu = torch.cuda.is_available()
     machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores"
     versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
     size, about = args.config.resolution, f"{machine}, torch {torch.__version__}, diffusers {diffusers.__version__}"
     about = f"{Path(args.config.model_name_or_path).name}, {size} x {size}, {args.config.weight_dtype}, {about}"
-    print(f"saved {args.output}\n\n| setting | seconds | speedup | computed | PSNR | on |\n{'|---' * 6}|")
+    print(f"saved {output}\n\n| setting | seconds | speedup | computed | PSNR |\n{'|---' * 5}|")
     for entry in entries:
         name, cost, computed, quality = caption(entry)
         seconds, speedup = cost.split(", ")
-        print(f"| {name} | {seconds} | {speedup} | {computed} | {quality.removeprefix('PSNR ')} | {about} |")
+        print(f"| {name} | {seconds} | {speedup} | {computed} | {quality.removeprefix('PSNR ')} |")
         entry["psnr"] = entry["psnr"] if math.isfinite(entry["psnr"]) else None  # JSON has no infinity
-    files = {name: str(getattr(args, name)) for name in ("input_image", "input_audio", "output")}
-    print(json.dumps({**files, "seed": args.seed, "config": dict(args.config), **versions, "runs": entries}))
+    print(f"\n{about}")
+    files = {name: str(getattr(args, name)) for name in ("input_image", "input_audio")} | {"output": str(output)}
+    about = {**files, "seed": args.seed, "emotion": args.emotion, "config": dict(args.config), **versions}
+    output.with_suffix(".json").write_text(json.dumps({**about, "runs": entries}), encoding="utf-8")
 
 
 if __name__ == "__main__":

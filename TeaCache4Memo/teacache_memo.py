@@ -27,22 +27,31 @@ The first and the last step are always computed.
 """
 
 import argparse
+import contextlib
 import functools
 import inspect
+import itertools
 import math
+import os
+import shutil
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 import warnings
+import wave
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.7x fewer passes (talking emoji, 20 steps)
@@ -56,6 +65,11 @@ INPUT_AUDIO = "assets/examples/speech.wav"
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "memo-emoji"  # a talking emoji, without a CUDA GPU
 MODEL = "memoavatar/memo"  # for load_pipeline; the command line takes model_name_or_path from CONFIG
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as CONFIG names them
+SAMPLE_RATE = 16000  # of voices
+WHOLE_NUMBERS = "resolution num_generated_frames_per_clip fps num_init_past_frames num_past_frames inference_steps"
+CONFIG_KEYS = f"{WHOLE_NUMBERS} cfg_scale weight_dtype model_name_or_path vae wav2vec emotion2vec misc_model_dir"
+EMOTIONS = "angry disgusted fearful happy neutral other sad surprised unknown".split()  # labels 0 to 8 of emotion2vec
+EMOJI_EMOTIONS = "happy", "neutral", "sad"  # those that the talking emoji has learnt
 NETWORK = "diffusion_net"  # attribute of the pipeline that TeaCache is applied to
 
 COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: the identity, none was fitted for MEMO
@@ -237,6 +251,11 @@ def by_budget(cache):
     return way[step] + pace / 2 >= last_computed + (last_step - last_computed) / left
 
 
+def by_plan(cache):
+    """Compute the steps of a list."""
+    return cache.step in cache.settings.computed_steps
+
+
 def by_tolerance(cache):
     """Compute when the errors expected of the steps since the last computed one add up to the tolerance.
 
@@ -317,12 +336,14 @@ class Settings(NamedTuple):
     num_steps: int
     coefficients: list
     rel_l1_thresh: float | None
-    computed_steps: int | None
+    computed_steps: int | list | None
     tolerance: float | None
 
     @property
     def rule(self):
         """What decides which steps are computed; None: all are."""
+        if isinstance(self.computed_steps, (list, tuple)):
+            return by_plan
         if self.computed_steps is not None:
             return by_budget
         if self.tolerance is not None:
@@ -361,7 +382,7 @@ class TeaCacheState:
         self.schedule = []  # one entry a step: True if computed, False if skipped, None while not decided
         self.num_steps = None  # of the whole generation
         self.settings = None  # those of the running step
-        self.rule = None  # by_threshold, by_budget, by_tolerance, or None: every step is computed
+        self.rule = None  # by_threshold, by_budget, by_plan, by_tolerance, or None: every step is computed
         self.accumulated_rel_l1_distance = 0.0  # since the last computed step
         self.previous_modulated_input = None  # of the last step,
         self.observed_branch = None  # in this branch
@@ -385,7 +406,7 @@ class TeaCacheState:
 
     @property
     def extrapolates(self):
-        return self.rule in (by_budget, by_tolerance)
+        return self.rule in (by_budget, by_plan, by_tolerance)
 
     @property
     def needs_modulated_input(self):
@@ -423,6 +444,8 @@ class TeaCacheState:
         self.timesteps.append(timestep)
         self.num_steps, self.settings, self.ticks, self.calls = num_steps, settings, ticks, 0
         rule = None if self.is_last_step else settings.rule
+        if rule is by_plan:
+            check_plan(settings.computed_steps, num_steps)
         if rule is not self.rule or self.is_last_step:
             self.free()
         self.rule = rule
@@ -473,41 +496,63 @@ class TeaCacheState:
 class Corrector:
     """Moves the latents to where they would be, had the skipped steps known what the next computed step knows.
 
-    A skipped step uses a guessed velocity. At the next computed step the true one is known there, so that of the
-    skipped steps can be interpolated. For the skipped steps j, with sigmas s,
+    A skipped step uses a guessed velocity. At the next computed step the true one is known, so those of the skipped
+    steps can be interpolated, and the difference is made up for. With sigmas s, and the skipped steps j,
 
-        latents += trust * sum of (s[j+1] - s[j]) * (interpolated(s[j]) - used[j])        trust = 1 / (1 + TRUST e)
+        latents += sum of (s[j+1] - s[j]) (interpolated(s[j]) - used[j]) / (1 + TRUST e)
 
     e is the relative error of the extrapolation at the computed step: where it is large, the true velocity was taken
-    at the wrong place. The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867) and, for
-    caches, PrediT (arXiv 2602.18093); here it is made in the latents, after guidance, however steps are skipped.
+    at the wrong place. The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867), and for
+    caches in PrediT (arXiv 2602.18093). Here it acts on the latents, after guidance, however the steps were skipped.
     """
 
     def __init__(self):
-        self.calls = None  # of the network in the last step
         self.computed = []  # (sigma, velocity) of the last two computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
-        self.latents = None  # as the last step left them
+        self.calls = None  # of the network in the last step: guidance, or none
+        self.latents = None  # as the last step left them,
+        self.version = None  # before anybody wrote into them
+
+    def correct(self, latents, velocity, sigma, next_sigma, is_computed):
+        """The latents after a step that was computed, or skipped."""
+        velocity = velocity.to(torch.float32, copy=True)
+        if is_computed:
+            latents = (latents + self.correction(sigma, velocity)).to(latents.dtype)
+            earlier = [(s, v) for s, v in self.computed if s > sigma]
+            self.computed = [*earlier[-1:], (sigma, velocity)]
+            self.skipped = []
+        else:
+            self.skipped.append((sigma, next_sigma, velocity))
+        self.latents, self.version = latents, version_of(latents)
+        return latents
 
     def correction(self, sigma, velocity):
-        """What to add to the latents after a computed step, in float32; 0 if nothing was skipped."""
+        """The formula above; 0 if nothing was skipped. Sigmas fall, and those of a scheduler may repeat."""
+        if not self.skipped or not self.computed or sigma >= self.computed[-1][0]:
+            return 0.0
+        s0, v0 = self.computed[-1]
         total = 0.0
-        earlier = [(s, v) for s, v in self.computed if s > sigma]  # sigmas of a scheduler may repeat
-        if earlier and self.skipped:
-            s0, v0 = earlier[-1]
-            for s, next_s, used in self.skipped:
-                interpolated = v0 + (velocity - v0) * ((s - s0) / (sigma - s0))
-                total = total + (next_s - s) * (interpolated - used)
-            error = norm(extrapolate(earlier, sigma) - velocity) / norm(velocity)
-            total = total / (1 + TRUST * error)
-        self.computed = [*earlier[-1:], (sigma, velocity)]
-        self.skipped = []
-        return total
+        for s, next_s, used in self.skipped:
+            interpolated = v0 + (velocity - v0) * ((s - s0) / (sigma - s0))
+            total = total + (next_s - s) * (interpolated - used)
+        error = norm(extrapolate(self.computed, sigma) - velocity) / norm(velocity)
+        return total / (1 + TRUST * error)
+
+    def continues(self, latents, calls):
+        """Whether a step goes on from the last one: with as much guidance, and with latents that nobody has replaced."""
+        if self.latents is None or calls != self.calls or version_of(self.latents) != self.version:
+            return False
+        return latents is self.latents or torch.equal(latents, self.latents)
 
 
 def norm(x):
-    """Euclidean norm of each image: (batch, 1, ...)."""
+    """Euclidean norm of each image, in the shape (batch, 1, ...)."""
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+
+
+def version_of(tensor):
+    """Grows when somebody writes into the tensor."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Clock:
@@ -515,17 +560,25 @@ class Clock:
 
     def __init__(self, scheduler):
         self.scheduler = scheduler
-        self.cache = None  # of the generation
-        self.corrector = Corrector()
         self.ticks = 0  # grows whenever a step ends
         self.remaining = []  # timesteps of the running step and of those ahead: 0 is noise, 1 the image
+        self.sigmas = []  # of all steps
         self.has_restarted = False  # the timesteps were set, and the network has not been called since
+        self.cache = None  # the network's state, when it was last called
+        self.corrector = Corrector()
+
+    @property
+    def corrects(self):
+        """Only Euler steps: they move the latents by the velocity times the difference of two sigmas."""
+        is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
+        return CORRECT and is_euler and not self.scheduler.config.get("stochastic_sampling")
 
     def restart(self):
         length = getattr(self.scheduler.config, "num_train_timesteps", 1000)
         self.remaining = [1 - t / length for t in self.scheduler.timesteps.tolist()]
-        self.has_restarted = True
+        self.sigmas = self.scheduler.sigmas.tolist() if self.corrects else []
         self.corrector = Corrector()
+        self.has_restarted = True
         self.ticks += 1
 
     def start_at(self, timestep):
@@ -538,16 +591,22 @@ class Clock:
         self.remaining = self.remaining[1:]
         self.ticks += 1
 
-    @property
-    def corrects(self):
-        """Euler steps, in which a velocity moves the latents by itself times the difference of sigmas."""
-        is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
-        return CORRECT and is_euler and not self.scheduler.config.get("stochastic_sampling") and self.cache is not None
-
     def shows(self, timestep):
         """Whether a call at this timestep is of the running step, and not of a loop with another scheduler."""
         nearest = min(self.remaining, key=lambda t: abs(t - timestep), default=math.inf)
         return abs(nearest - timestep) < 0.002 and nearest == self.remaining[0]  # bfloat16 rounds by 0.002
+
+    def correct(self, result, model_output, timestep, sample, *args, **kwargs):
+        """What `scheduler.step` returned for these arguments, with the latents corrected."""
+        if self.cache is None or self.cache.ticks != self.ticks:  # TeaCache has not seen this step
+            self.corrector = Corrector()
+            return result
+        if not self.corrector.continues(sample, self.cache.calls):
+            self.corrector = Corrector()
+        self.corrector.calls = self.cache.calls
+        sigma, next_sigma = self.sigmas[self.scheduler.step_index - 1 :][:2]
+        latents = self.corrector.correct(result[0], model_output, sigma, next_sigma, self.cache.schedule[-1])
+        return (latents, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=latents)
 
 
 def set_timesteps_and_restart(clock, stock, *args, **kwargs):
@@ -556,36 +615,12 @@ def set_timesteps_and_restart(clock, stock, *args, **kwargs):
     return result
 
 
-def step_and_tick(clock, stock, model_output, timestep, sample, *args, **kwargs):
-    result = stock(model_output, timestep, sample, *args, **kwargs)
+def step_and_tick(clock, stock, *args, **kwargs):
+    result = stock(*args, **kwargs)
     if clock.corrects:
-        result = with_correction(clock, model_output, sample, result)
+        result = clock.correct(result, *args, **kwargs)
     clock.tick()
     return result
-
-
-def with_correction(clock, velocity, sample, result):
-    """What the scheduler's step returns, its latents corrected."""
-    cache, corrector, scheduler = clock.cache, clock.corrector, clock.scheduler
-    sigma, next_sigma = scheduler.sigmas[scheduler.step_index - 1 : scheduler.step_index + 1].tolist()
-    if cache.ticks != clock.ticks or cache.calls != corrector.calls or not same(sample, corrector.latents):
-        corrector = clock.corrector = Corrector()  # guidance began or ended, or the latents were replaced
-    corrector.calls = cache.calls
-    latents = result[0]
-    if cache.schedule[-1]:
-        correction = corrector.correction(sigma, velocity.float())
-        latents = (latents + correction).to(latents.dtype)
-    else:
-        corrector.skipped.append((sigma, next_sigma, velocity.float()))
-    corrector.latents = latents
-    if isinstance(result, tuple):
-        return (latents, *result[1:])
-    result.prev_sample = latents
-    return result
-
-
-def same(latents, left):
-    return left is not None and (latents is left or torch.equal(latents, left))
 
 
 def follow(scheduler):
@@ -671,7 +706,8 @@ def apply_teacache(
     model: with a pipeline, its scheduler tells where an image begins and how many steps it has (the scheduler that it
     has now; one that is put in later is not followed). With the network alone, the calls must tell: then `num_steps`
     must be `num_inference_steps`, and an image that was stopped in its first step must not be the last.
-    rel_l1_thresh, computed_steps, tolerance: at most one of them; the default is the constants above.
+    rel_l1_thresh, computed_steps (a number, or a list of steps), tolerance: at most one of them; the default is the
+    constants above.
     coefficients: of the polynomial for rel_l1_thresh, highest power first.
 
     A network draws one image (or batch) at a time, unless several take turns in each step: threads need one each.
@@ -758,6 +794,14 @@ def is_stock(forward, network):
     return getattr(forward, "__self__", None) is network and forward.__func__ in stock
 
 
+def check_plan(plan, num_steps):
+    """A list of computed steps, from the first to the last one."""
+    if not plan or any(not isinstance(step, int) for step in plan) or list(plan) != sorted(set(plan)) or plan[0] != 0:
+        raise ValueError(f"a list of computed_steps must be rising whole numbers from 0, not {plan}")
+    if num_steps is not None and plan[-1] != num_steps - 1:
+        raise ValueError(f"computed_steps is a list for {plan[-1] + 1} steps, not for {num_steps}")
+
+
 def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, tolerance=None, coefficients=None):
     """Raise ValueError for settings that cannot work; num_steps is None if the scheduler will tell."""
     if num_steps is not None and (not num_steps >= 1 or num_steps % 1):
@@ -767,10 +811,13 @@ def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, tole
     rel_l1_thresh, computed_steps, tolerance = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
     if any(limit is not None and not 0 <= limit < math.inf for limit in (rel_l1_thresh, tolerance)):
         raise ValueError("rel_l1_thresh and tolerance must be numbers of at least 0; 0 skips nothing")
-    if computed_steps is not None and num_steps is None and (not computed_steps >= 1 or computed_steps % 1):
+    if isinstance(computed_steps, (list, tuple)):
+        check_plan(computed_steps, num_steps)
+    elif computed_steps is not None and num_steps is None and (not computed_steps >= 1 or computed_steps % 1):
         raise ValueError(f"computed_steps must be a whole number of at least 1, not {computed_steps}")
-    if None not in (computed_steps, num_steps) and computed_steps not in range(min(2, num_steps), num_steps + 1):
-        raise ValueError(f"computed_steps must be 2 to {num_steps}, the number of steps, not {computed_steps}")
+    elif computed_steps is not None and num_steps is not None:
+        if computed_steps not in range(min(2, num_steps), num_steps + 1):
+            raise ValueError(f"computed_steps must be 2 to {num_steps}, the number of steps, not {computed_steps}")
     if coefficients is not None and not np.isfinite(coefficients).all():
         raise ValueError(f"coefficients must be finite numbers, not {coefficients}")
 
@@ -825,10 +872,180 @@ def load_pipeline(model=MODEL, vae="stabilityai/sd-vae-ft-mse", device=None, dty
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), DTYPES.get(dtype, dtype)), audio_proj
 
 
-def prepare(image, audio, config, folder):
-    """The inputs of `generate`, by memo's own functions for faces and voices; sound files are written into `folder`."""
-    if (prepared := Path(image).with_suffix(".safetensors")).is_file():  # of the bundled example
-        return SimpleNamespace(**load_file(prepared), sound=audio)
+def run_ffmpeg(*arguments, pieces=()):
+    """Run ffmpeg; `pieces`, bytes, go to its input as they come. Returns its output; OSError with its last message."""
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, arguments)]
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as messages:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=messages)
+        try:
+            for piece in pieces:
+                process.stdin.write(piece)
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # ffmpeg has stopped, and says why
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+            process.wait()
+        messages.seek(0)
+        said = messages.read().decode(errors="replace").strip().splitlines()
+        if process.returncode != 0:
+            raise OSError(said[-1] if said else f"ffmpeg ended with code {process.returncode}")
+        output.seek(0)
+        return output.read()
+
+
+def read_voice(path):
+    """The sound of any file that ffmpeg reads: (samples,) in [-1, 1], 16 kHz, mono. ValueError if there is none."""
+    file = Path(path).resolve()  # absolute: "12:30.wav" would be a protocol
+    try:
+        sound = run_ffmpeg("-i", file, "-vn", "-ac", 1, "-ar", SAMPLE_RATE, "-f", "s16le", "-")
+    except OSError as error:
+        raise ValueError(f"no sound in {path}: {str(error).removeprefix(f'{file}: ')}") from None
+    if not sound:
+        raise ValueError(f"no sound in {path}: it is empty")
+    return np.frombuffer(sound, np.int16) / np.float32(2**15)
+
+
+def write_voice(samples, path):
+    """A 16 bit wav of what `read_voice` returns. Returns its path."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
+        file.writeframes((samples * 2**15).astype(np.int16).tobytes())
+    return path
+
+
+def read_portrait(path):
+    """The picture as a viewer shows it: upright, on white where it is transparent, 8 bit RGB. ValueError for none."""
+    try:
+        with Image.open(path) as picture:
+            picture = ImageOps.exif_transpose(picture)
+            if picture.mode.startswith("I"):  # 16 bit gray, which convert() would clip
+                picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+            picture = picture.convert("RGBA")
+    except Exception as error:  # Pillow raises many kinds for broken files
+        raise ValueError(f"{path} is not a picture that can be read ({error}): give a JPEG or PNG") from None
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def voice_encoder():
+    """A class that does what memo's Wav2VecModel does. That one stops with transformers 5, which refuses its attentions
+    and returns no hidden states; here hooks take these."""
+    from transformers import Wav2Vec2Model
+    from transformers.modeling_outputs import BaseModelOutput
+
+    class VoiceEncoder(Wav2Vec2Model):
+        def forward(self, input_values, seq_len, output_hidden_states=True):
+            """hidden_states: of the first layer's input and of each layer, (batch, seq_len, channels)."""
+            features = self.feature_extractor(input_values)  # (batch, channels, 50 a second)
+            features = F.interpolate(features, size=seq_len, mode="linear", align_corners=True)
+            hidden_states, _ = self.feature_projection(features.transpose(1, 2))
+            states = [hidden_states]
+
+            def keep(layer, args, output):
+                states.append(output[0] if isinstance(output, tuple) else output)
+
+            hooks = [layer.register_forward_hook(keep) for layer in self.encoder.layers]
+            try:
+                last = self.encoder(hidden_states).last_hidden_state
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            return BaseModelOutput(last_hidden_state=last, hidden_states=(*states[:-1], last))
+
+    return VoiceEncoder
+
+
+@torch.no_grad()
+def hear(samples, folder, fps, size):
+    """The features of a voice, as memo's `preprocess_audio` without its vocal separation: (frames, 5, blocks, channels).
+
+    samples: (samples,), 16 kHz. folder: of the Wav2Vec. size: of a clip; the last one is filled up with silence.
+    """
+    from transformers import Wav2Vec2FeatureExtractor
+
+    encoder = voice_encoder().from_pretrained(folder).eval()
+    normalize = Wav2Vec2FeatureExtractor.from_pretrained(folder)
+    sound = torch.as_tensor(np.asarray(normalize(samples, sampling_rate=SAMPLE_RATE).input_values)).float()
+    frames = math.ceil(len(samples) / SAMPLE_RATE * fps)
+    missing = -frames % size
+    sound = F.pad(sound, (0, missing * (SAMPLE_RATE // fps)))  # (1, samples)
+    states = encoder(sound, seq_len=frames + missing).hidden_states[1:]
+    states = torch.stack(states, dim=2)[0]  # (frames, blocks, channels)
+    window = torch.arange(len(states))[:, None] + torch.arange(-2, 3)  # two frames before, two after
+    return states[window.clamp(0, len(states) - 1)]
+
+
+def is_emoji(config):
+    """Whether the model is the talking emoji: its folder has prepared portraits, and its own Wav2Vec."""
+    return Path(config.model_name_or_path, "voices.safetensors").is_file()
+
+
+def find_portrait(image, folder, resolution):
+    """Pixels (1, 3, height, width) and face embedding (1, 512) of a portrait of the talking emoji; others it cannot read.
+
+    It has no face recognition. A portrait is known by its picture, whatever the file is called.
+    """
+    picture = read_portrait(image).resize((resolution, resolution))
+    picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
+    for name in ("example", "voices"):
+        table = load_file(Path(folder, f"{name}.safetensors"))
+        for pixel_values, face_emb in zip(table["pixel_values"].float(), table["face_emb"].float()):
+            if (pixel_values - picture).abs().mean() < 0.02:
+                return pixel_values[None], face_emb[None]
+    own = ", ".join(sorted(file.name for file in Path(folder).glob("*.png")))
+    raise ValueError(f"{image} takes the real MEMO: the talking emoji animates its own portraits only, {own}")
+
+
+def prepare_emoji(image, audio, config, folder, emotion=None):
+    """As `prepare`, for the talking emoji. What was prepared for its example serves the example's voice alone."""
+    model, samples = Path(config.model_name_or_path), read_voice(audio)
+    pixel_values, face_emb = find_portrait(image, model, config.resolution)
+    if Path(audio).read_bytes() == (model / "example.wav").read_bytes():
+        example = load_file(model / "example.safetensors")
+        audio_emb, audio_emotion, sound = example["audio_emb"], example["audio_emotion"], audio
+    else:
+        audio_emb = hear(samples, model / "wav2vec", config.fps, config.num_generated_frames_per_clip)
+        audio_emotion = torch.full((len(audio_emb),), EMOTIONS.index("neutral"), dtype=torch.int32)
+        sound = write_voice(samples, Path(folder, f"{Path(audio).stem}-16k.wav"))
+    if emotion is not None:
+        audio_emotion = torch.full_like(audio_emotion, emotion)
+    inputs = {"pixel_values": pixel_values, "face_emb": face_emb, "audio_emb": audio_emb, "sound": sound}
+    num_frames = math.ceil(len(samples) / SAMPLE_RATE * config.fps)
+    inputs |= {"audio_emotion": audio_emotion, "num_emotion_classes": len(EMOTIONS)}
+    return SimpleNamespace(**inputs, num_frames=num_frames)
+
+
+@contextlib.contextmanager
+def patched_memo():
+    """While memo prepares a voice: `voice_encoder`, and the `ffmpeg` of imageio-ffmpeg if none is on the path."""
+    import imageio_ffmpeg
+    from memo.utils import audio_utils
+
+    path, stock = os.environ.get("PATH", ""), vars(audio_utils).get("Wav2VecModel")
+    with tempfile.TemporaryDirectory() as tools:
+        if shutil.which("ffmpeg") is None:
+            shutil.copy(imageio_ffmpeg.get_ffmpeg_exe(), Path(tools, "ffmpeg.exe" if os.name == "nt" else "ffmpeg"))
+            os.environ["PATH"] = os.pathsep.join([tools, path])
+        audio_utils.Wav2VecModel = voice_encoder()
+        try:
+            yield
+        finally:
+            os.environ["PATH"], audio_utils.Wav2VecModel = path, stock
+
+
+def prepare(image, audio, config, folder, emotion=None):
+    """The inputs of `generate`, by memo's own functions for faces and voices; files are written into `folder`.
+
+    emotion: a label (index of EMOTIONS) for the whole voice; else it is recognised, or neutral for the talking emoji.
+    """
+    if is_emoji(config):
+        return prepare_emoji(image, audio, config, folder, emotion)
     from huggingface_hub import snapshot_download
     from memo.utils.audio_utils import extract_audio_emotion_labels, preprocess_audio, resample_audio
     from memo.utils.vision_utils import preprocess_image
@@ -837,113 +1054,304 @@ def prepare(image, audio, config, folder):
     separator = f"{misc}/vocal_separator/Kim_Vocal_2.onnx"
     if not Path(separator).is_file():
         snapshot_download(MODEL, allow_patterns=["misc/[fv]*"], local_dir=config.misc_model_dir)
-    pixel_values, face_emb = preprocess_image(f"{misc}/face_analysis", str(image), config.resolution)
+    portrait, num_frames = read_portrait(image), math.ceil(len(read_voice(audio)) / SAMPLE_RATE * config.fps)
+    if portrait.width != portrait.height:
+        size = f"{portrait.width} x {portrait.height}"
+        print(f"{image} is {size}: MEMO squeezes it to a square, crop it to avoid that", file=sys.stderr)
+    portrait.save(f"{folder}/portrait.png")
+    pixel_values, face_emb = preprocess_image(f"{misc}/face_analysis", f"{folder}/portrait.png", config.resolution)
     if not face_emb.any():
         raise ValueError(f"no face found in {image}: give a frontal portrait")
-    sound = resample_audio(str(audio), f"{folder}/16k.wav")
     clip = {"num_generated_frames_per_clip": config.num_generated_frames_per_clip, "device": device}
-    audio_emb, length = preprocess_audio(sound, config.fps, config.wav2vec, separator, str(folder), **clip)
-    emotion, classes = extract_audio_emotion_labels(MODEL, sound, config.emotion2vec, length, device=device)
-    inputs = {"pixel_values": pixel_values, "face_emb": face_emb, "audio_emb": audio_emb, "audio_emotion": emotion}
-    return SimpleNamespace(**inputs, num_emotion_classes=classes, sound=sound)
+    with patched_memo():
+        sound = resample_audio(str(audio), f"{folder}/{Path(audio).stem}-16k.wav")
+        audio_emb, length = preprocess_audio(sound, config.fps, config.wav2vec, separator, str(folder), **clip)
+        if emotion is None:
+            recognised = extract_audio_emotion_labels(MODEL, sound, config.emotion2vec, length, device=device)
+            audio_emotion, classes = recognised
+        else:
+            audio_emotion, classes = torch.full((length,), emotion, dtype=torch.int32), len(EMOTIONS)
+    inputs = {"pixel_values": pixel_values, "face_emb": face_emb, "audio_emb": audio_emb, "sound": sound}
+    return SimpleNamespace(**inputs, num_frames=num_frames, audio_emotion=audio_emotion, num_emotion_classes=classes)
+
+
+def fill_up(rows, size):
+    """As many rows as a clip has frames: the last one is repeated."""
+    return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
 
 
 @torch.no_grad()
-def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, **limits):
-    """The video, clip by clip; each clip starts from the last frames of the one before.
+def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, schedule=None, bar="", **limits):
+    """Yield the video clip by clip, uint8 (frames, height, width, 3); each starts from the last frames of the one before.
 
     inputs: `pixel_values` (1, 3, height, width) in [-1, 1], `face_emb` (1, 512), `audio_emb` (frames, window, blocks,
-    channels), `audio_emotion` (frames,). config: memo's configs/inference.yaml. clips: at most. limits: of TeaCache.
-    Returns the frames, uint8 (frames, height, width, 3), the seconds that they took, and the schedule of all clips.
+    channels), `audio_emotion` (frames,), `num_emotion_classes`, and `num_frames` if the video shall be shorter.
+    config: memo's configs/inference.yaml. clips: at most. schedule: a list, to which those of the clips are added.
+    bar: what the progress bar is called, None for none. limits: of TeaCache.
     """
     apply_teacache(pipeline, **limits)
-    size = config.num_generated_frames_per_clip
+    pipeline.set_progress_bar_config(disable=True)  # one bar for the video, instead of memo's for each clip
+    size, steps = config.num_generated_frames_per_clip, config.inference_steps
     settings = {"width": config.resolution, "height": config.resolution, "video_length": size}
-    settings |= {"num_inference_steps": config.inference_steps, "guidance_scale": config.cfg_scale}
+    settings |= {"num_inference_steps": steps, "guidance_scale": config.cfg_scale}
     settings |= {"face_emb": inputs.face_emb, "emotion_class_num": inputs.num_emotion_classes}
     settings["generator"] = torch.Generator().manual_seed(seed)  # on the CPU: equal noise on every device
     past_frames = inputs.pixel_values.repeat(config.num_init_past_frames, 1, 1, 1)
-    frames, schedule, began = [], [], time.perf_counter()
-    for clip in range(min(len(inputs.audio_emb) // size, clips or sys.maxsize)):
-        window = slice(clip * size, (clip + 1) * size)
-        audio_emb = inputs.audio_emb[window].unsqueeze(0).to(audio_proj.device, audio_proj.dtype)
-        video = pipeline(
-            ref_image=torch.cat([inputs.pixel_values, past_frames]).unsqueeze(0),
-            audio_tensor=audio_proj(audio_emb),
-            audio_emotion=inputs.audio_emotion[window],
-            is_new_audio=clip == 0,
-            **settings,
-        ).videos[0]  # (3, frames, height, width) in [0, 1]
-        past_frames = video.transpose(0, 1)[-config.num_past_frames :].to(inputs.pixel_values) * 2 - 1
-        frames.append((video.permute(1, 2, 3, 0) * 255).clamp(0, 255).to(torch.uint8))
-        schedule += pipeline.diffusion_net.teacache.schedule
-    return torch.cat(frames).numpy(), time.perf_counter() - began, schedule
+    num_frames = min(len(inputs.audio_emb), getattr(inputs, "num_frames", sys.maxsize))
+    count = min(math.ceil(num_frames / size), clips or sys.maxsize)
+    schedule = [] if schedule is None else schedule
+    form = "{desc} |{bar}| {remaining} left{postfix}"
+    with tqdm(total=count * steps, bar_format=form, disable=bar is None, leave=False) as progress:
+
+        def after_step(i, timestep, latents):
+            computed = schedule.count(True) + pipeline.diffusion_net.teacache.schedule.count(True)
+            progress.set_postfix_str(f"{computed} of {progress.n + 1} steps computed", refresh=False)
+            progress.update()
+
+        for clip in range(count):
+            progress.set_description_str(f"{bar} clip {clip + 1} of {count}".strip())
+            window = slice(clip * size, (clip + 1) * size)
+            audio_emb = fill_up(inputs.audio_emb[window], size).unsqueeze(0)
+            video = pipeline(
+                ref_image=torch.cat([inputs.pixel_values, past_frames]).unsqueeze(0),
+                audio_tensor=audio_proj(audio_emb.to(audio_proj.device, audio_proj.dtype)),
+                audio_emotion=fill_up(inputs.audio_emotion[window], size),
+                is_new_audio=clip == 0,
+                callback=after_step,
+                **settings,
+            ).videos[0]  # (3, frames, height, width) in [0, 1]
+            past_frames = video.transpose(0, 1)[-config.num_past_frames :].to(inputs.pixel_values) * 2 - 1
+            schedule += pipeline.diffusion_net.teacache.schedule
+            frames = (video.permute(1, 2, 3, 0) * 255).clamp(0, 255).to(torch.uint8)
+            yield frames[: num_frames - clip * size].numpy()
 
 
-def write_video(frames, path, fps, sound):
-    """An mp4 of uint8 frames (height, width, 3) with the sound of a wav file."""
-    import imageio.v2 as imageio
-
-    settings = {"codec": "libx264", "quality": 8, "macro_block_size": 2, "ffmpeg_log_level": "error"}
-    with imageio.get_writer(path, fps=fps, audio_path=str(sound), audio_codec="aac", **settings) as writer:
-        for frame in frames:
-            writer.append_data(frame)
+def generate_all(*args, **options):
+    """The whole video of `generate`: frames, the seconds that they took, and the schedule of all clips."""
+    schedule, began = [], time.perf_counter()
+    frames = np.concatenate(list(generate(*args, schedule=schedule, **options)))
+    return frames, time.perf_counter() - began, schedule
 
 
-def parse_args(argv=None, extend=lambda parser: None):
-    """The arguments, checked before anything is loaded. `extend` adds or replaces flags, for other tools."""
+def write_video(clips, path, fps, sound):
+    """An mp4 of clips, uint8 (frames, height, width, 3), as they come, with the sound of a file, cut where they end.
+
+    The file has a temporary name until it is complete. If `path` exists by then, the next free number is added to it.
+    Returns the path.
+    """
+    path, count = Path(path), 0
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem[:64]}-") as folder:
+        silent, draft = Path(folder, "silent.mp4"), Path(folder, "draft.mp4")
+        clips = iter(clips)
+        first = next(clips, None)
+        if first is None:
+            raise ValueError("there are no frames to write")
+        _, height, width, _ = first.shape
+
+        def pictures():
+            nonlocal count
+            for clip in itertools.chain([first], clips):
+                count += len(clip)
+                yield np.ascontiguousarray(clip).tobytes()
+
+        raw = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", fps, "-i", "-")
+        run_ffmpeg(*raw, "-c:v", "libx264", "-crf", 10, "-pix_fmt", "yuv420p", silent, pieces=pictures())
+        tracks = ("-i", silent, "-i", Path(sound).resolve(), "-map", "0:v", "-map", "1:a", "-c:v", "copy")
+        run_ffmpeg(*tracks, "-c:a", "aac", "-af", f"atrim=end={count / fps:.6f}", draft)
+        path = next_free(path)
+        draft.rename(path)
+    return path
+
+
+def next_free(path):
+    """This path, or if it exists the first of name-2, name-3, ... that does not."""
+    others = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2))
+    return next(each for each in itertools.chain([path], others) if not each.exists())
+
+
+def add_flag(parser, name, **settings):
+    """A flag with underscores, as in memo, that may be written with hyphens as well."""
+    parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **settings)
+
+
+def emotion_label(text):
+    """The label of an emotion that is given by its name or number."""
+    if text in EMOTIONS:
+        return EMOTIONS.index(text)
+    if text.isdecimal() and int(text) < len(EMOTIONS):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(EMOTIONS)}, or 0 to {len(EMOTIONS) - 1}")
+
+
+def find_file(name, folder):
+    """A file as it was typed, else in `folder`, which is memo's. ValueError with both places if it is in neither."""
+    places = list(dict.fromkeys((Path(name), Path(folder, name))))
+    for path in places:
+        if path.is_file():
+            return path
+    raise ValueError(f"no file {name}, looked for as {' and '.join(str(path.absolute()) for path in places)}")
+
+
+def read_config(path):
+    """memo's configs/inference.yaml or one like it. ValueError for what lacks or cannot work."""
+    from omegaconf import OmegaConf
+
+    try:
+        config = OmegaConf.load(path)
+        lacking = [key for key in CONFIG_KEYS.split() if key not in config]
+        lacking = "" if not lacking else f"it lacks {', '.join(lacking)}"
+    except Exception as error:  # not YAML
+        lacking = " ".join(str(error).split())
+    if lacking:
+        raise ValueError(f"{path} is no config for MEMO ({lacking}): begin with memo's configs/inference.yaml")
+    for key in WHOLE_NUMBERS.split():
+        if not isinstance(config[key], int) or config[key] < 1:
+            raise ValueError(f"{path}: {key} must be a whole number of at least 1, not {config[key]}")
+    if config.resolution % 8:
+        raise ValueError(f"{path}: resolution must be a multiple of 8, not {config.resolution}")
+    if config.num_generated_frames_per_clip != 16:
+        raise ValueError(f"{path}: num_generated_frames_per_clip must be 16, as it is written into memo's pipeline")
+    if not isinstance(config.cfg_scale, (int, float)) or not 1 < config.cfg_scale < math.inf:
+        raise ValueError(f"{path}: cfg_scale must be above 1, not {config.cfg_scale}: memo fails without guidance")
+    if config.weight_dtype not in DTYPES:
+        raise ValueError(f"{path}: weight_dtype must be {', '.join(DTYPES)}, not {config.weight_dtype}")
+    return config
+
+
+def check_packages():
+    """Raise ImportError, with what to install, for what every run needs. Returns the folder of memo."""
+    try:
+        import imageio_ffmpeg
+
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        raise ImportError('no ffmpeg to write a video: pip install "imageio[ffmpeg]"') from None
+    try:
+        import omegaconf  # noqa: F401
+
+        import_memo()
+        import memo
+    except ImportError as error:
+        where = "see Installation in README.md, git clone https://github.com/memoavatar/memo"
+        raise ImportError(f"{error}: {where}") from None
+    return Path(memo.__path__[0]).parent
+
+
+def check_packages_for_faces():
+    """Raise ImportError for what memo needs beyond that to prepare a portrait and a voice."""
+    try:
+        from memo.utils import audio_utils, vision_utils  # noqa: F401
+    except Exception as error:  # some fail otherwise where a part of theirs is missing
+        raise ImportError(f"{error}: the real MEMO takes all that it requires, pip install -e ../memo") from None
+
+
+def check_inputs(args):
+    """Raise ValueError or ImportError for a portrait, a voice or an emotion that cannot be used."""
+    read_portrait(args.input_image)
+    read_voice(args.input_audio)
+    if is_emoji(args.config):
+        find_portrait(args.input_image, args.config.model_name_or_path, args.config.resolution)
+    else:
+        check_packages_for_faces()
+
+
+def parse_args(argv=None, extend=lambda parser: None, has_inputs=True):
+    """The arguments, checked before anything is loaded.
+
+    For other tools: `extend` adds or replaces flags; without `has_inputs`, portrait and voice are not looked at.
+    """
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, conflict_handler="resolve")  # an error is one line
-    parser.add_argument("--config", help="memo's configs/inference.yaml, or one like it")
-    parser.add_argument("--input_image", help="portrait")
-    parser.add_argument("--input_audio", help="voice")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="for <image>_<audio>.mp4")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--rel_l1_thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
-    parser.add_argument("--computed_steps", type=int, help="instead of a threshold: computed steps of each clip")
-    parser.add_argument("--tolerance", type=float, help="instead of a threshold: largest expected error, say 0.003")
+    add_flag(parser, "config", help="memo's configs/inference.yaml, or one like it")
+    add_flag(parser, "input_image", help="portrait; the talking emoji has its own, see assets/memo-emoji")
+    add_flag(parser, "input_audio", help="voice, in any format")
+    add_flag(parser, "output_dir", type=Path, default=Path("outputs"), help="for <image>_<audio>.mp4")
+    add_flag(parser, "emotion", type=emotion_label, help=f"instead of the recognised one: {', '.join(EMOTIONS)}")
+    add_flag(parser, "seed", type=int, default=SEED)
+    add_flag(parser, "rel_l1_thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
+    add_flag(parser, "computed_steps", type=int, help="instead of a threshold: computed steps of each clip")
+    add_flag(parser, "tolerance", type=float, help="instead of a threshold: largest expected error, say 0.003")
     extend(parser)
     args = parser.parse_args(argv)
-    given = args.config or args.input_image or args.input_audio or torch.cuda.is_available()
-    if bundled := not given and BUNDLED.is_dir():
-        print(f"No CUDA GPU: using the bundled talking emoji. For the real MEMO: --config {CONFIG}")
-        files = "config.yaml", "example.png", "example.wav"
-        args.config, args.input_image, args.input_audio = map(BUNDLED.joinpath, files)
     try:
-        import memo.models
-        from omegaconf import OmegaConf
-
-        for name, default in (("config", CONFIG), ("input_image", INPUT_IMAGE), ("input_audio", INPUT_AUDIO)):
-            path = Path(getattr(args, name) or default)
-            setattr(args, name, path if path.is_file() else Path(memo.__path__[0]).parent / path)
-            getattr(args, name).open("rb").close()
-        args.config = OmegaConf.load(args.config)
-        args.config.update({"model_name_or_path": str(BUNDLED)} if bundled else {})
-        args.limits = {name: getattr(args, name) for name in ("rel_l1_thresh", "computed_steps", "tolerance")}
-        check_settings(args.config.inference_steps, **args.limits)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-    except ImportError as error:
-        parser.error(f"{error}: see Installation in README.md, git clone https://github.com/memoavatar/memo")
+        check_arguments(args, has_inputs)
     except Exception as error:  # of the files, the config or the settings
         parser.error(" ".join(str(error).split()))
-    args.output = args.output_dir / f"{args.input_image.name.split('.')[0]}_{args.input_audio.name.split('.')[0]}.mp4"
     return args
+
+
+def check_arguments(args, has_inputs):
+    """Find the files, read the config, check all that can be checked; the results are added to `args`."""
+    memo_folder = check_packages()
+    is_default = not args.config and not torch.cuda.is_available() and BUNDLED.is_dir()
+    config = BUNDLED / "config.yaml" if is_default else find_file(args.config or CONFIG, memo_folder)
+    args.config = read_config(config)
+    example = INPUT_IMAGE, INPUT_AUDIO
+    if config.resolve() == BUNDLED / "config.yaml":
+        args.config.model_name_or_path = str(BUNDLED)
+        example = BUNDLED / "example.png", BUNDLED / "example.wav"
+    if is_emoji(args.config) and args.emotion is not None and EMOTIONS[args.emotion] not in EMOJI_EMOTIONS:
+        raise ValueError(f"the talking emoji can be {', '.join(EMOJI_EMOTIONS)}, not {EMOTIONS[args.emotion]}")
+    args.limits = {name: getattr(args, name) for name in ("rel_l1_thresh", "computed_steps", "tolerance")}
+    check_settings(args.config.inference_steps, **args.limits)
+    if has_inputs:
+        args.input_image = find_file(args.input_image or example[0], memo_folder)
+        args.input_audio = find_file(args.input_audio or example[1], memo_folder)
+        check_inputs(args)
+        args.output = args.output_dir / f"{args.input_image.stem}_{args.input_audio.stem}.mp4"
+    check_folder(args.output_dir)
+    if is_default:
+        print(f"No CUDA GPU: using the bundled talking emoji. For the real MEMO: --config {CONFIG}")
+
+
+def check_folder(folder):
+    """Create the folder of the outputs. OSError if nothing can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"cannot write into {folder} ({error.strerror}): give another --output_dir") from None
+
+
+def quiet():
+    """Turn off the warnings that memo, written for diffusers 0.31, causes, and the progress bars of loading."""
+    import diffusers.utils
+    import transformers.utils
+
+    warnings.simplefilter("ignore", FutureWarning)
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def name_setting(rel_l1_thresh=None, computed_steps=None, tolerance=None):
+    """The setting that is used, as text: "computed_steps 10"."""
+    names = "threshold", "computed_steps", "tolerance"
+    values = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
+    return next(f"{name} {value:g}" for name, value in zip(names, values) if value is not None)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    config = args.config
-    warnings.simplefilter("ignore", FutureWarning)  # memo is written for diffusers 0.31
+    config, schedule = args.config, []
     if args.output.exists():
         sys.exit(f"{args.output} exists: move it, or give another --output_dir")
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            inputs = prepare(args.input_image, args.input_audio, config, folder)
+            inputs = prepare(args.input_image, args.input_audio, config, folder, args.emotion)
         except (AssertionError, ImportError, OSError, ValueError) as error:
             sys.exit(f"could not prepare the portrait and the voice: {' '.join(str(error).split())}")
-        pipeline, audio_proj = load_pipeline(config.model_name_or_path, config.vae, dtype=config.weight_dtype)
-        frames, seconds, schedule = generate(pipeline, audio_proj, inputs, config, args.seed, **args.limits)
-        write_video(frames, args.output, config.fps, inputs.sound)
-    print(f"saved {args.output}: {seconds:.1f} s, {sum(schedule)} of {len(schedule)} steps computed")
+        try:
+            pipeline, audio_proj = load_pipeline(config.model_name_or_path, config.vae, dtype=config.weight_dtype)
+        except (OSError, ValueError) as error:
+            sys.exit(f"could not load {config.model_name_or_path}: {' '.join(str(error).split())}")
+        began = time.perf_counter()
+        clips = generate(pipeline, audio_proj, inputs, config, args.seed, schedule=schedule, **args.limits)
+        try:
+            path = write_video(clips, args.output, config.fps, inputs.sound)
+        except KeyboardInterrupt:
+            sys.exit(f"interrupted: {args.output} was not written")
+    took, setting = f"{time.perf_counter() - began:.1f} s", name_setting(**args.limits)
+    print(f"saved {path}: {took}, {sum(schedule)} of {len(schedule)} steps computed ({setting}), seed {args.seed}")
 
 
 if __name__ == "__main__":

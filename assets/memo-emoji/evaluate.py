@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from faces import NUM_EMOTIONS, mouth_opening  # noqa: E402
 
-from TeaCache4Memo.teacache_memo import generate, load_pipeline  # noqa: E402
+from TeaCache4Memo.teacache_memo import generate_all, load_pipeline  # noqa: E402
 
 
 def correlation(a, b):
@@ -46,9 +46,8 @@ def speak(pipeline, audio_proj, config, voice, seed, **settings):
         audio_emotion=voice["audio_emotion"],
         num_emotion_classes=NUM_EMOTIONS,
     )
-    frames, seconds, schedule = generate(
-        pipeline, audio_proj, inputs, config, seed, **(settings or {"rel_l1_thresh": 0})
-    )
+    settings = settings or {"rel_l1_thresh": 0}
+    frames, seconds, schedule = generate_all(pipeline, audio_proj, inputs, config, seed, bar=None, **settings)
     return torch.from_numpy(frames).permute(0, 3, 1, 2) / 127.5 - 1, seconds, schedule
 
 
