@@ -795,10 +795,10 @@ LIMITS = "rel_l1_thresh", "computed_steps", "tolerance"
 FEW_STEPS = 16  # with fewer, caching is not worth it, see warn_of_few_steps
 COMFYUI_PREFIX = "model.diffusion_model."  # of the names of weights in single files for ComfyUI
 WHICH_SETTING = """\
-which setting?        flag                  constant             on the bundled model
-  as published        --rel-l1-thresh 0.3   REL_L1_THRESH = 0.3  1.42x, 47.0 dB
-  N times faster      --computed-steps 15   COMPUTED_STEPS = 15  1.95x, 56.1 dB (30 / N steps)
-  no visible change   --tolerance 0.003     TOLERANCE = 0.003    1.49x, 58.5 dB
+which setting?          line to edit         or flag              bundled model
+as published            REL_L1_THRESH = 0.3  --rel-l1-thresh 0.3  1.42x, 47.0 dB
+N times faster: 30 / N  COMPUTED_STEPS = 15  --computed-steps 15  1.95x, 56.1 dB
+no visible change       TOLERANCE = 0.003    --tolerance 0.003    1.49x, 58.5 dB
 """
 
 
@@ -870,7 +870,7 @@ def choose_model(args):
     bundled = args.model is None and args.device != "cuda"
     if bundled:
         if not BUNDLED_MODEL.is_dir():
-            raise ValueError(f"no CUDA GPU for the real model, and no bundled one: give --model, {MODEL} or a small one")
+            raise ValueError(f"no CUDA GPU for the real model, no bundled one: give --model, {MODEL} or a small one")
         args.model, args.device = str(BUNDLED_MODEL), "cpu"
     args.model = args.model or MODEL
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
@@ -889,7 +889,7 @@ def check_arguments(args):
     config = Lumina2Transformer2DModel.load_config(args.model, subfolder="transformer")
     with torch.device("meta"):  # names and shapes without weights
         network = Lumina2Transformer2DModel.from_config(config)
-    _, rows, columns = network.config.axes_lens  # positions of tokens: of the prompt, and of an image of 16-pixel patches
+    _, rows, columns = network.config.axes_lens  # as many positions are known: of the prompt, and of patches of 16 pixels
     check_size("--height", args.height, 16 * rows)
     check_size("--width", args.width, 16 * columns)
     if args.transformer:

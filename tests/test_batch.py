@@ -148,8 +148,7 @@ def test_an_edited_constant_is_another_setting(here, drawn, capsys, monkeypatch,
     assert run(output="plain") == run(*limit) == 0
     monkeypatch.setattr(teacache_lumina2, constant, value)
     assert run(output="plain") == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(rf"exists with different .*{other}", line)
+    assert re.search(rf"exists with different .*{other}", capsys.readouterr().err)
     assert run(*limit) == (2 if constant == "COEFFICIENTS" else 0)
 
 
