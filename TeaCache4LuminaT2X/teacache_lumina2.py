@@ -15,7 +15,8 @@ velocity is extrapolated from the last two computed ones, v0 at time t0 and v1 a
 
     v(t) = v1 + a(g) (v1 - v0)        g = (t - t1) / (t1 - t0)        a(g) = g / (1 + DAMPING g)
 
-The first and the last step are always computed.
+The first and the last step are always computed. With a pipeline, the latents are corrected afterwards for what skipped
+steps got wrong, as soon as the next computed step shows it: see Corrector.
 
     python teacache_lumina2.py --computed-steps 15                  # or edit the constants below
 
@@ -181,6 +182,9 @@ def modulated_input(block, hidden_states, temb):
         setattr(holder, name, stock)
 
 
+# ---- which steps are computed ------------------------------------------------
+
+
 def should_calc(cache, branch, force=False):
     """Whether this call runs the blocks. The first call of a step decides for all of them.
 
@@ -202,17 +206,17 @@ def by_threshold(cache):
 
 
 def by_budget(cache):
-    """Compute exactly `computed_steps` steps: spread those that are left evenly over the rest of the way."""
+    """Compute exactly `computed_steps` steps: those that are left are spread evenly over the rest of the generation."""
     step, left = cache.step, cache.settings.computed_steps - cache.schedule.count(True)
     if step == 0 or cache.num_steps - step <= max(left, 1):  # the first, and as many at the end as are left
         return True
     if left <= 1:  # kept for the last step
         return False
-    way = cache.way()
-    pace = way[step] - way[step - 1]
-    last_computed = max(w for w, computed in zip(way, cache.schedule) if computed)
+    position = cache.positions()
+    pace = position[step] - position[step - 1]
+    last_computed = max(p for p, computed in zip(position, cache.schedule) if computed)
     last_step = 1 - pace  # about
-    return way[step] + pace / 2 >= last_computed + (last_step - last_computed) / left
+    return position[step] + pace / 2 >= last_computed + (last_step - last_computed) / left
 
 
 def by_plan(cache):
@@ -225,14 +229,14 @@ def by_tolerance(cache):
 
     The error of the extrapolation grows with the square of the gap; `cache.curvature` is their ratio, as measured.
     """
-    computed = [t for t, c in zip(cache.timesteps, cache.schedule) if c]
+    computed = [t for t, was_computed in zip(cache.timesteps, cache.schedule) if was_computed]
     if len(computed) < 2 or cache.timesteps[-1] - computed[-1] > LONGEST_GAP:
         return True
-    expected = 0.0
+    expected_error = 0.0
     for previous, t in zip(cache.timesteps, cache.timesteps[1:]):
         if t > computed[-1]:
-            expected += (t - previous) * cache.curvature * (t - computed[-1]) ** 2
-    return not expected < cache.settings.tolerance
+            expected_error += (t - previous) * cache.curvature * (t - computed[-1]) ** 2
+    return not expected_error < cache.settings.tolerance
 
 
 def extrapolate(points, t):
@@ -260,6 +264,9 @@ def rescale(change, coefficients):
     if change > min(falls, default=math.inf):
         return math.inf
     return np.polyval(coefficients, change)
+
+
+# ---- what is kept ------------------------------------------------------------
 
 
 class Branch:
@@ -377,8 +384,8 @@ class TeaCacheState:
         """In the first call of a step, with a threshold."""
         return self.rule is by_threshold and self.schedule[-1] is None
 
-    def way(self):
-        """How far each step is from noise (0) to image (1): the mean of its index and its timestep."""
+    def positions(self):
+        """How far each step is, 0 for the first and 1 for the end: the mean of its index and its timestep, as shares."""
         start = self.timesteps[0]
         span = (1 - start) or 1.0
         return [(i / self.num_steps + (t - start) / span) / 2 for i, t in enumerate(self.timesteps)]
@@ -397,7 +404,7 @@ class TeaCacheState:
         return self.rule is not None and any(branch.is_empty for branch in self.branches)
 
     def knows(self, conditioning, layout):
-        """Whether the last step had a call with this conditioning, or with another of which the last tensor is the same."""
+        """Whether the last step had a call like this one. A prompt may be replaced midway, its last tensor stays."""
         last = [branch for branch in self.branches if branch.step == self.step and branch.layout == layout]
         return any(b.conditioning[-1] is conditioning[-1] or b.matches(conditioning) for b in last)
 
@@ -455,6 +462,9 @@ class TeaCacheState:
             branch.previous_residual = residual
         elif self.extrapolates:
             branch.remember(self.timesteps[-1], output)
+
+
+# ---- what is corrected -------------------------------------------------------
 
 
 class Corrector:
@@ -517,6 +527,9 @@ def norm(x):
 def version_of(tensor):
     """Grows when somebody writes into the tensor."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+# ---- which image and which step a call belongs to ----------------------------
 
 
 class Clock:
@@ -660,6 +673,9 @@ def warn_of_threads(cache):
         if cache.timesteps and not cache.is_last_step:
             warnings.warn("TeaCache: two threads share a network; its images are wrong if both still run", stacklevel=4)
         cache.thread = threading.get_ident()
+
+
+# ---- switching on and off ----------------------------------------------------
 
 
 def apply_teacache(
@@ -889,7 +905,9 @@ def check_arguments(args):
     config = Lumina2Transformer2DModel.load_config(args.model, subfolder="transformer")
     with torch.device("meta"):  # names and shapes without weights
         network = Lumina2Transformer2DModel.from_config(config)
-    _, rows, columns = network.config.axes_lens  # as many positions are known: of the prompt, and of patches of 16 pixels
+    _, rows, columns = (
+        network.config.axes_lens
+    )  # as many positions are known: of the prompt, and of patches of 16 pixels
     check_size("--height", args.height, 16 * rows)
     check_size("--width", args.width, 16 * columns)
     if args.transformer:

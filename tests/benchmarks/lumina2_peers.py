@@ -1,29 +1,31 @@
 """Every way to draw with fewer passes of Lumina2, against two references: the uncached image and the converged one.
 
-    python tests/benchmarks/lumina2_peers.py                        # the bundled model, 24 prompts, three shifts
-    python tests/benchmarks/lumina2_peers.py --model PATH --prompts FILE --count 8
+    python tests/benchmarks/lumina2_peers.py                        # the bundled model, 8 + 16 prompts, two shifts
+    python tests/benchmarks/lumina2_peers.py --count 8 --prompts FILE --model PATH
+    python tests/benchmarks/lumina2_peers.py --plot-only            # from the rows that there are
 
-At each shift of the scheduler (the model's own, 1 and 6), for 8, 10, 15 and 20 passes: fewer Euler steps; second-order
-solvers (Adams-Bashforth 2, DPM-Solver++ 2M and UniPC in the time of the flow) at this shift and at their best; TeaCache
-as published; cache-dit, if it is installed; and ours, of 30 and of 100 steps. References: 30 uncached Euler steps, and
-250 at a shift of 3. A pass is one evaluation of the guided network; passes of methods that decide by themselves are
-means. Prints a Markdown table per shift and a JSON line, and plots two panels.
+For about 10 and 15 passes of 30: fewer Euler steps; second-order solvers (Adams-Bashforth 2, DPM-Solver++ 2M and UniPC in
+the time of the flow) at this shift and at shift 1; TeaCache as published, the rules of `skipping.py`, and cache-dit if it is
+installed, each at its published setting too; and ours, of 30 and of 100 steps, with the correction and without.
+References: 30 uncached Euler steps, and 250 at a shift of 3. A third table measures all in bfloat16 against the uncached
+float32 image: the yardstick is the uncached bfloat16 image. A pass is one evaluation of the guided network; passes of
+methods that decide by themselves are means. Two groups of prompts: captions of the training set, and new ones.
+Writes rows as they are done, and goes on where it was stopped; `render.py` makes tables of them.
 """
 
 import argparse
+import contextlib
 import importlib.util
-import json
 import logging
 import math
-import os
-import platform
 import statistics
 import sys
 import warnings
 from pathlib import Path
 
-import diffusers
 import numpy as np
+import record
+import skipping
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, UniPCMultistepScheduler
 
@@ -34,54 +36,86 @@ from TeaCache4LuminaT2X import teacache_lumina2  # noqa: E402
 from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache, remove_teacache  # noqa: E402
 
 STEPS, MORE_STEPS, CONVERGED = 30, 100, 250
-PASSES = 8, 10, 15, 20
-SHIFTS = 0.33, 1.0, 2.0  # where the solvers look for their best
-TOLERANCES = 0.001, 0.003, 0.01
+NEW_PROMPTS = """\
+cat with top hat
+a dog and a cat
+panda on a rocket
+purple apple
+penguin with umbrella
+white horse in the rain
+green heart with eyes
+robot face with tears
+blue rose in a teapot
+orange fish in a bowl
+tiger with glasses
+a red house on the moon
+yellow butterfly on a tulip
+ghost with a balloon
+lion with crown
+pizza with mushroom and tomato
+""".splitlines()
 
 
 class Lab:
     """The denoising loop of `Lumina2Pipeline` on prepared prompts, with any sigmas and any solver."""
 
     def __init__(self, pipeline, prompts, guidance, seed):
-        self.pipeline, self.guidance, self.passes = pipeline, guidance, 0
+        self.pipeline, self.guidance, self.passes = pipeline, guidance, 0.0
         embeds = pipeline.encode_prompt(prompts, True, negative_prompt=[""] * len(prompts))
         longest = int(embeds[1].sum(1).max())  # padding costs time and changes nothing
-        self.cond, self.uncond = [x[:, :longest] for x in embeds[:2]], [x[:, :longest] for x in embeds[2:]]
+        self.embeds = [x[:, :longest] for x in embeds]  # with the prompt, its mask, without, its mask
         size, channels = pipeline.default_sample_size, pipeline.transformer.config.in_channels
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
         self.noise = torch.cat([torch.randn(1, channels, size, size, generator=g) for g in generators])
         self.noise = self.noise.to(pipeline.device, pipeline.transformer.dtype)
 
-    def select(self, i):
-        """The same with one prompt: for methods that decide by the activations."""
-        one = object.__new__(Lab)
-        one.pipeline, one.guidance, one.passes = self.pipeline, self.guidance, 0
-        one.cond, one.uncond = ([x[i : i + 1] for x in pair] for pair in (self.cond, self.uncond))
-        one.noise = self.noise[i : i + 1]
-        return one
+    def select(self, rows):
+        """The same with some of the prompts."""
+        part = object.__new__(Lab)
+        part.pipeline, part.guidance, part.passes = self.pipeline, self.guidance, 0.0
+        part.embeds, part.noise = [x[rows] for x in self.embeds], self.noise[rows]
+        return part
 
-    def velocity(self, x, sigma):
-        """Guided and normalised as in the pipeline; from noise to image."""
+    def each(self):
+        return [self.select([i]) for i in range(len(self.noise))]
+
+    def outputs(self, x, sigma, rows=slice(None)):
+        """(prompts, 2, channels, height, width): of the network with the prompt, and without."""
         timestep = torch.full((len(x),), 1 - float(sigma), device=x.device)
-        cond, uncond = (
-            self.pipeline.transformer(x, timestep, *c, return_dict=False)[0] for c in (self.cond, self.uncond)
-        )
+        embeds = [e[rows] for e in self.embeds]
+        calls = (self.pipeline.transformer(x, timestep, *pair, return_dict=False) for pair in (embeds[:2], embeds[2:]))
+        return torch.stack([output for (output,) in calls], 1)
+
+    def guide(self, outputs):
+        """Guided and normalised as in the pipeline; from noise to image."""
+        cond, uncond = outputs.unbind(1)
         velocity = uncond + self.guidance * (cond - uncond)
-        self.passes += 1
         return velocity * (cond.norm(dim=-1, keepdim=True) / velocity.norm(dim=-1, keepdim=True))
 
+    def velocity(self, x, sigma):
+        self.passes += 1
+        return self.guide(self.outputs(x, sigma))
+
+    @torch.no_grad()
     def images(self, x):
         vae = self.pipeline.vae
-        images = torch.cat(
-            [vae.decode(z[None] / vae.config.scaling_factor + vae.config.shift_factor).sample for z in x]
-        )
+        z = x.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        images = torch.cat([vae.decode(each[None]).sample for each in z])
         return ((images.float() / 2 + 0.5).clamp(0, 1) * 255).round() / 255
 
-    def euler(self, steps, shift, **_):
-        x, s = self.noise, sigmas(steps, shift)
-        for i in range(steps):
-            x = x + (s[i] - s[i + 1]) * self.velocity(x, s[i])
-        return self.images(x)
+    def draw(self, steps, shift):
+        """Latents, by the pipeline."""
+        self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        return self.run_pipeline(steps)
+
+    def run_pipeline(self, steps):
+        names = "prompt_embeds prompt_attention_mask negative_prompt_embeds negative_prompt_attention_mask".split()
+        latents, self.passes = self.noise.clone(), steps
+        given = {**dict(zip(names, self.embeds)), "guidance_scale": self.guidance, "latents": latents}
+        return self.pipeline(**given, num_inference_steps=steps, output_type="latent").images
+
+    def euler(self, steps, shift):
+        return self.images(self.draw(steps, shift))
 
     def adams_bashforth(self, steps, shift):
         x, s, previous = self.noise, sigmas(steps, shift), None
@@ -112,28 +146,63 @@ class Lab:
             x = scheduler.step(-self.velocity(x, sigma), t, x, return_dict=False)[0]
         return self.images(x)
 
-    def teacache(self, steps, shift, **settings):
-        """TeaCache with these settings; one prompt at a time unless the schedule ignores the activations."""
-        fixed = "computed_steps" in settings
-        parts = [self] if fixed else [self.select(i) for i in range(len(self.noise))]
-        images, computed = [], []
-        for part in parts:
-            apply_teacache(self.pipeline.transformer, steps, **settings)
-            images.append(part.euler(steps, shift))
-            computed.append(sum(self.pipeline.transformer.teacache.schedule))
-        remove_teacache(self.pipeline.transformer)
+    def teacache(self, steps, shift, corrected=True, **settings):
+        """Ours, by the pipeline; one prompt at a time unless the schedule ignores the activations."""
+        parts = [self] if "computed_steps" in settings else self.each()
+        latents, computed = [], []
+        with correction(corrected):
+            for part in parts:
+                self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+                apply_teacache(self.pipeline, **settings)
+                latents.append(part.run_pipeline(steps))
+                computed.append(sum(self.pipeline.transformer.teacache.schedule))
+                remove_teacache(self.pipeline)
         self.passes = statistics.mean(computed)
-        return torch.cat(images)
+        return self.images(torch.cat(latents))
 
     def schedule(self, steps, shift, **settings):
         """The schedule of the first prompt."""
-        apply_teacache(self.pipeline.transformer, steps, **settings)
-        self.select(0).euler(steps, shift)
+        first = self.select([0])
+        self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        apply_teacache(self.pipeline, **settings)
+        first.run_pipeline(steps)
         schedule = self.pipeline.transformer.teacache.schedule
-        remove_teacache(self.pipeline.transformer)
+        remove_teacache(self.pipeline)
         return schedule
 
-    def cache_dit(self, steps, shift, taylor=False, schedule=None, **settings):
+    def skipping(self, steps, shift, rule, *settings):
+        """Euler's method with a rule of `skipping.py` for each image."""
+        x, s, rules, computed = self.noise, sigmas(steps, shift), [rule(steps, *settings) for _ in self.noise], 0
+        for i in range(steps):
+            outputs = [rule.skip(i, 1 - s[i], z) for rule, z in zip(rules, x)]
+            rows = [j for j, output in enumerate(outputs) if output is None]
+            for j, output in zip(rows, self.outputs(x[rows], s[i], rows) if rows else ()):
+                rules[j].see(i, 1 - s[i], x[j], output)
+                outputs[j] = output
+            computed += len(rows)
+            x = (x.float() + (s[i] - s[i + 1]) * self.guide(torch.stack(outputs))).to(x.dtype)  # as the scheduler
+        self.passes = computed / len(x)
+        return self.images(x)
+
+    def skipping_blocks(self, steps, shift, schedule):
+        """By the pipeline: the layers run in the steps of the schedule only. See `skipping.Blocks`."""
+        transformer = self.pipeline.transformer
+        layers, blocks = transformer.layers, skipping.Blocks(transformer.layers, schedule)
+        transformer.layers = torch.nn.ModuleList([blocks])
+        try:
+            latents = self.draw(steps, shift)
+        finally:
+            transformer.layers = layers
+        self.passes, self.ratios = sum(schedule), blocks.ratios
+        return self.images(latents)
+
+    def comfyui_schedule(self, steps, shift, threshold):
+        embed = self.pipeline.transformer.time_caption_embed
+        times = torch.tensor([1 - s for s in sigmas(steps, shift)[:-1]], device=self.noise.device)
+        embeddings = embed.timestep_embedder(embed.time_proj(times).to(self.noise.dtype))
+        return skipping.comfyui_schedule(embeddings, threshold)
+
+    def cache_dit(self, steps, shift, calibrator=None, schedule=None, **settings):
         """DBCache with 1 block always computed, by the pipeline. schedule: steps to compute, instead of a threshold."""
         import cache_dit
 
@@ -141,24 +210,30 @@ class Lab:
             settings |= {"steps_computation_mask": list(map(int, schedule)), "steps_computation_policy": "static"}
         calls, latents, blocks = [], [], self.pipeline.transformer.layers
         hooks = [block.register_forward_hook(lambda *_: calls.append(1)) for block in blocks]
-        names = "prompt_embeds prompt_attention_mask negative_prompt_embeds negative_prompt_attention_mask".split()
         self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
         blockwise = {"num_inference_steps": steps, "Fn_compute_blocks": 1, "Bn_compute_blocks": 0}
-        calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
-        for i in range(len(self.noise)):
+        parts = self.each() if schedule is None else [self]
+        for part in parts:
             config = cache_dit.DBCacheConfig(**blockwise, **settings)
-            cache_dit.enable_cache(self.pipeline, cache_config=config, calibrator_config=calibrator)
+            kind = getattr(cache_dit, f"{calibrator}CalibratorConfig") if calibrator else lambda: None
+            options = {"taylorseer_order": 1} if calibrator == "TaylorSeer" else {}
+            cache_dit.enable_cache(self.pipeline, cache_config=config, calibrator_config=kind(**options))
             try:
-                embeds = {name: x[i : i + 1] for name, x in zip(names, (*self.cond, *self.uncond))}
-                more = {"guidance_scale": self.guidance, "latents": self.noise[i : i + 1].clone()}
-                drawn = self.pipeline(**embeds, **more, num_inference_steps=steps, output_type="latent")
-                latents.append(drawn.images)
+                latents.append(part.run_pipeline(steps))
             finally:
                 cache_dit.disable_cache(self.pipeline)
         for hook in hooks:
             hook.remove()
-        self.passes = len(calls) / (2 * len(blocks) * len(self.noise))
+        self.passes = len(calls) / (2 * len(blocks) * len(parts))
         return self.images(torch.cat(latents))
+
+
+@contextlib.contextmanager
+def correction(wanted):
+    """Only while the pipeline runs: the scripts read the constant."""
+    before, teacache_lumina2.CORRECT = teacache_lumina2.CORRECT, wanted
+    yield
+    teacache_lumina2.CORRECT = before
 
 
 def sigmas(steps, shift):
@@ -173,129 +248,237 @@ def psnr(images, reference):
     return (10 * torch.log10(1 / mse)).tolist()
 
 
-def measure(lab, shift, base, converged):
-    """Rows of {"method", "setting", "passes", and mean and least PSNR to "uncached" and "converged"}."""
-    rows = []
+def tune(passes_of, target, tries=9):
+    """The threshold whose passes are nearest to the target, by bisection: the higher, the fewer."""
+    low, high, found = 1e-4, 100.0, {}
+    for _ in range(tries):
+        threshold = float(f"{math.sqrt(low * high):.3g}")
+        found[threshold] = passes_of(threshold)
+        low, high = (threshold, high) if found[threshold] > target else (low, threshold)
+    return min(found, key=lambda threshold: abs(found[threshold] - target))
 
-    def add(method, setting, draw, *args, **settings):
-        lab.passes = 0
-        images = draw(*args, **settings)
-        row = {"method": method, "setting": setting, "passes": float(lab.passes)}
-        for name, reference in (("uncached", base), ("converged", converged)):
-            found = psnr(images, reference)
-            row |= {name: statistics.mean(found), f"{name} least": min(found)}
-        rows.append(row)
-        figures = f"{row['passes']:.1f} passes, {row['uncached']:.1f} and {row['converged']:.1f} dB"
-        print(f"shift {shift:g}: {method}, {setting}: {figures}", file=sys.stderr, flush=True)
 
+class Measurement:
+    """Rows of one table, against references that are given by name."""
+
+    def __init__(self, table, lab, shift, references, results):
+        self.table, self.lab, self.shift, self.references, self.results = table, lab, shift, references, results
+        self.few = lab.select(slice(0, len(lab.noise), max(1, len(lab.noise) // 2)))  # for tuning
+
+    def key(self, method, setting):
+        return record.slug(self.table, method, setting)
+
+    def add(self, method, setting, draw, *args, shift=None, **settings):
+        """Draws with `draw(steps, shift, *args)`, a method of the lab; a setting is what a row is called."""
+        steps = settings.pop("steps", STEPS)
+        key = self.key(method, setting)
+        if key in self.results.rows:
+            return
+        images = draw(steps, self.shift if shift is None else shift, *args, **settings)
+        row = {"table": self.table, "method": method, "setting": str(setting), "passes": round(self.lab.passes, 2)}
+        for name, reference in self.references.items():
+            row[name] = [round(dB, 2) for dB in psnr(images, reference)]
+        self.results.add(key, **row)
+        figures = ", ".join(f"{statistics.mean(row[name]):.1f} dB" for name in self.references)
+        print(f"{self.table}: {method}, {setting}: {row['passes']:.1f} passes, {figures}", file=sys.stderr, flush=True)
+
+    def tuned(self, method, passes_of, draw_with, published=None, targets=(15, 10)):
+        """A published threshold, and those that give about 15 and 10 passes. draw_with(threshold): for `add`."""
+        if published is not None:
+            self.add(method, published, *draw_with(published))
+        for target in targets:
+            start = self.key(method, f"about {target}")
+            if not any(key.startswith(start) for key in self.results.rows):
+                threshold = tune(passes_of, target)
+                self.add(method, f"about {target}: {threshold:g}", *draw_with(threshold))
+
+    def published_teacache(self, targets=(15, 10)):
+        for name in ("v1", "v2"):
+            coefficients = getattr(teacache_lumina2, f"COEFFICIENTS_{name.upper()}")
+
+            def passes_of(threshold, coefficients=coefficients):
+                self.few.teacache(STEPS, self.shift, rel_l1_thresh=threshold, coefficients=coefficients)
+                return self.few.passes
+
+            found = {0.3: "0.3"}
+            for target in targets:
+                start = self.key(f"TeaCache {name}", f"about {target}")
+                done = [row for key, row in self.results.rows.items() if key.startswith(start)]
+                threshold = float(done[0]["setting"].split()[-1]) if done else tune(passes_of, target)
+                found.setdefault(threshold, f"about {target}: {threshold:g}")
+            for corrected, suffix in ((False, ""), (True, ", corrected")):
+                for threshold, setting in found.items():
+                    given = {"rel_l1_thresh": threshold, "coefficients": coefficients, "corrected": corrected}
+                    self.add(f"TeaCache {name}{suffix}", setting, self.lab.teacache, **given)
+
+    def ours(self, steps=STEPS, computed=(8, 10, 15, 20), tolerances=(0.003, 0.01), both=True):
+        name = "" if steps == STEPS else f" of {steps}"
+        for corrected, suffix in ((True, ""), (False, ", not corrected")) if both else ((True, ""),):
+            given = {"steps": steps, "corrected": corrected}
+            for k in computed:
+                self.add(f"computed_steps{name}{suffix}", k, self.lab.teacache, computed_steps=k, **given)
+            for tolerance in tolerances:
+                self.add(f"tolerance{name}{suffix}", tolerance, self.lab.teacache, tolerance=tolerance, **given)
+
+    def peers(self):
+        lab, few, shift = self.lab, self.few, self.shift
+
+        def passes_with(rule):
+            def passes_of(threshold):
+                few.skipping(STEPS, shift, rule, threshold)
+                return few.passes
+
+            return passes_of
+
+        for name, rule, published in (
+            ("EasyCache", skipping.EasyCache, 0.05),
+            ("linear forecast, measured error", skipping.LinearForecast, None),
+            ("PrediT", skipping.PrediT, None),
+        ):
+            self.tuned(name, passes_with(rule), lambda t, rule=rule: (lab.skipping, rule, t), published)
+        few.skipping_blocks(STEPS, shift, [True] * STEPS)
+        ratios = [1.0, *few.ratios]
+        for name, published, plan in (
+            ("ComfyUI-TeaCache", 0.38, lambda threshold: lab.comfyui_schedule(STEPS, shift, threshold)),
+            ("MagCache", 0.24, lambda threshold: skipping.magcache_schedule(ratios, threshold)),
+        ):
+            draw_with = lambda t, plan=plan: (lab.skipping_blocks, plan(t))  # noqa: E731
+            self.tuned(name, lambda t, plan=plan: sum(plan(t)), draw_with, published)
+
+    def cache_dit(self, own=True):
+        if not importlib.util.find_spec("cache_dit"):
+            return
+        for calibrator in (None, "TaylorSeer", "FoCa", "DMD"):
+            name = f"cache-dit, {calibrator}" if calibrator else "cache-dit"
+            for k in (15, 10):
+                schedule = self.lab.schedule(STEPS, self.shift, computed_steps=k)
+                self.add(name, f"steps of computed_steps {k}", self.lab.cache_dit, calibrator, schedule)
+            if own:
+                limits = {"residual_diff_threshold": 0.12, "max_warmup_steps": 4}
+                self.add(name, "F1, 0.12, warm-up 4", self.lab.cache_dit, calibrator, **limits)
+
+    def solvers(self):
+        lab = self.lab
+        for name, solver in {"AB2": lab.adams_bashforth, "DPM-Solver++ 2M": lab.dpm_solver, "UniPC": lab.unipc}.items():
+            for n in (10, 15):
+                self.add(name, f"{n} steps", solver, steps=n)
+                if self.shift != 1:
+                    self.add(f"{name} at shift 1", f"{n} steps", solver, steps=n, shift=1.0)
+
+
+def measure_shift(lab, shift, converged, results):
+    """A table in float32."""
+    base = lab.euler(STEPS, shift)
+    m = Measurement(f"shift {shift:g}", lab, shift, {"uncached": base, "converged": converged}, results)
     for n in (STEPS, 50):
-        add("Euler, uncached", f"{n} steps", lab.euler, n, shift)
-    for n in PASSES:
-        add("fewer Euler steps", f"{n} steps", lab.euler, n, shift)
-    for name, solver in {"AB2": lab.adams_bashforth, "DPM-Solver++ 2M": lab.dpm_solver, "UniPC": lab.unipc}.items():
-        tried = {s: statistics.mean(psnr(solver(15, s), converged)) for s in SHIFTS}
-        best = max(tried, key=tried.get)
-        for n in PASSES:
-            add(name, f"{n} steps", solver, n, shift)
-            if best != shift:
-                add(f"{name}, best shift", f"{n} steps, shift {best:g}", solver, n, best)
-    for thresh in (0.1, 0.2, 0.3, 0.5):
-        add("TeaCache, published", f"threshold {thresh}", lab.teacache, STEPS, shift, rel_l1_thresh=thresh)
-    for steps in (STEPS, MORE_STEPS):
-        for k in PASSES:
-            add(f"computed_steps of {steps}", f"{k}", lab.teacache, steps, shift, computed_steps=k)
-        for tolerance in TOLERANCES:
-            add(f"tolerance of {steps}", f"{tolerance}", lab.teacache, steps, shift, tolerance=tolerance)
-    for taylor in (False, True) if importlib.util.find_spec("cache_dit") else ():
-        name = "cache-dit, TaylorSeer" if taylor else "cache-dit"
-        own = {"residual_diff_threshold": 0.12, "max_warmup_steps": 4}
-        add(name, "F1, 0.12, warm-up 4", lab.cache_dit, STEPS, shift, taylor, **own)
-        for k in (10, 15):
-            schedule = lab.schedule(STEPS, shift, computed_steps=k)
-            add(f"{name}, our steps", f"{k}", lab.cache_dit, STEPS, shift, taylor, schedule)
-    return rows
+        m.add("Euler, uncached", f"{n} steps", lab.euler, steps=n)
+    m.ours()
+    for n in (20, 15, 10):
+        m.add("fewer Euler steps", f"{n} steps", lab.euler, steps=n)
+    m.published_teacache()
+    m.peers()
+    m.ours(MORE_STEPS, (10, 15), (0.003,), both=False)
+    m.cache_dit()
+    m.solvers()
+    return base
 
 
-def table(rows):
-    lines = [
-        "| method | setting | passes | to uncached, mean (least) | to converged, mean (least) |",
-        "|---|---|---|---|---|",
-    ]
-    for r in rows:
-        fidelity = " | ".join(f"{r[name]:.1f} ({r[f'{name} least']:.1f}) dB" for name in ("uncached", "converged"))
-        lines.append(f"| {r['method']} | {r['setting']} | {r['passes']:.1f} | {fidelity} |")
-    return "\n".join(lines)
+def measure_rounding(lab, shift, float32, results):
+    """A table in bfloat16: all against the uncached float32 image."""
+    m = Measurement("rounding", lab, shift, {"float32": float32}, results)
+    m.add("Euler, uncached", f"{STEPS} steps", lab.euler)
+    m.ours(computed=(8, 10, 12, 15, 20))
+    for n in (20, 15, 10):
+        m.add("fewer Euler steps", f"{n} steps", lab.euler, steps=n)
+    m.published_teacache(targets=(15,))
+    m.peers()
+    m.cache_dit(own=False)
 
 
-def plot(rows, shift, path):
-    """Passes against mean PSNR, one panel for each reference."""
+def plot(rows, path):
+    """Passes against mean PSNR to the uncached image at shift 6: float32, and bfloat16 with the line of rounding."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.6), layout="constrained")
-    methods = [m for m in dict.fromkeys(r["method"] for r in rows) if "uncached" not in m]
-    solvers = {"AB2": "-", "DPM-Solver++ 2M": "--", "UniPC": ":"}
-    look = {"fewer Euler steps": ("black", ":", "o"), "TeaCache, published": ("black", "-", "o")}
-    look |= {name: ("tab:blue", line, "o") for name, line in solvers.items()}
-    look |= {f"{name}, best shift": ("tab:green", line, "o") for name, line in solvers.items()}
-    look |= {m: ("tab:purple", "-", "^" if "Taylor" in m else "s") for m in methods if m.startswith("cache-dit")}
-    look |= {"computed_steps of 30": ("crimson", "-", "o"), "computed_steps of 100": ("darkorange", "-", "o")}
-    look |= {"tolerance of 30": ("deeppink", "-", "o"), "tolerance of 100": ("gold", "-", "o")}
-    styles = {m: dict(zip(("color", "linestyle", "marker"), look[m])) for m in methods}
-    for m in methods:
-        styles[m] |= {"linewidth": 3, "zorder": 5} if " of " in m else {}
-    for axes, name in zip(figure.subplots(1, 2), ("uncached", "converged")):
-        for method in methods:
-            points = sorted((r["passes"], r[name]) for r in rows if r["method"] == method)
-            if name == "converged" or not method.endswith("of 100"):
-                axes.plot(*zip(*points), markersize=5, label=method, **styles[method])
-        for r in rows if name == "converged" else ():
-            if "uncached" in r["method"]:
-                axes.axhline(r[name], color="gray", linestyle=":")
-                axes.annotate(f"{r['setting']}, uncached", (27.5, r[name]), fontsize=8, ha="right", va="bottom")
-        title = "the uncached image of 30 steps" if name == "uncached" else "the converged image"
-        axes.set(title=f"shift {shift:g}: PSNR to {title}", xlabel="passes", ylabel="mean PSNR (dB)", xlim=(7, 28))
+    looks = {  # readable in grey: one marker for each, ours black
+        "computed_steps": ("black", "-", "o", "ours, corrected"),
+        "computed_steps, not corrected": ("black", "--", "o", "ours, not corrected"),
+        "fewer Euler steps": ("0.45", ":", "x", "fewer Euler steps"),
+        "TeaCache v1": ("0.45", "-", "s", "TeaCache"),
+        "EasyCache": ("tab:blue", "-", "v", "EasyCache"),
+        "MagCache": ("tab:green", "-", "^", "MagCache"),
+        "PrediT": ("tab:orange", "-", "D", "PrediT"),
+        "cache-dit, TaylorSeer": ("tab:purple", "-", "P", "cache-dit, TaylorSeer"),
+    }
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    panels = zip(figure.subplots(1, 2), (("shift 6", "uncached"), ("rounding", "float32")))
+    for axes, (table, name) in panels:
+        mine = [row for row in rows if row["table"] == table]
+        for method, (color, line, marker, label) in looks.items():
+            points = sorted((r["passes"], statistics.mean(r[name])) for r in mine if r["method"] == method)
+            points = [point for point in points if point[0] <= 22]
+            wide = 2.2 if "computed" in method else 1.3
+            axes.plot(*zip(*points), color=color, linestyle=line, marker=marker, label=label, linewidth=wide)
+        axes.set(xlabel="computed of 30 steps", ylabel="mean PSNR (dB)", xlim=(7, 23))
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        if table == "rounding":
+            line = statistics.mean(next(r for r in mine if r["method"] == "Euler, uncached")[name])
+            axes.axhline(line, color="black", linestyle="-.", linewidth=1)
+            axes.annotate("rounding: uncached bfloat16", (22.8, line), ha="right", va="bottom", fontsize=9)
+            axes.set_title("bfloat16, to the uncached float32 image")
+        else:
+            axes.set_title("float32, to the uncached image")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     figure.savefig(path, dpi=110, format="png")
+
+
+def load(model, dtype):
+    pipeline = Lumina2Pipeline.from_pretrained(model, torch_dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_prompts(args):
+    """Two lists: known to the model, and new to it."""
+    if args.prompts:
+        lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return lines[: args.count], []
+    lines = (args.model / "emoji.txt").read_text(encoding="utf-8").splitlines()
+    names = [line.split("\t")[1] for line in lines if "\t" in line]
+    return names[:: max(len(names) // args.count, 1)][: args.count], NEW_PROMPTS[: args.new]
 
 
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", type=Path, default=teacache_lumina2.BUNDLED_MODEL, help="folder of a Lumina2Pipeline"
-    )
-    parser.add_argument(
-        "--prompts", type=Path, help="one prompt per line; default: names in the emoji.txt of the model"
-    )
-    parser.add_argument("--count", type=int, default=24, help="how many of the prompts")
-    parser.add_argument("--shifts", type=float, nargs="+", help="default: of the model, 1 and 6")
-    parser.add_argument("--guidance-scale", type=float, default=teacache_lumina2.GUIDANCE_SCALE)
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("lumina2_peers.png"))
+    add = parser.add_argument
+    add("--model", type=Path, default=teacache_lumina2.BUNDLED_MODEL, help="folder of a Lumina2Pipeline")
+    add("--prompts", type=Path, help="one prompt per line; default: names in the emoji.txt of the model, and new ones")
+    add("--count", type=int, default=8, help="how many of the prompts")
+    add("--new", type=int, default=len(NEW_PROMPTS), help="how many of the new ones")
+    add("--shifts", type=float, nargs="+", default=[6.0, 1.0], help="the first one is measured in bfloat16 too")
+    add("--guidance-scale", type=float, default=teacache_lumina2.GUIDANCE_SCALE)
+    add("--seed", type=int, default=7)
+    add("--output", type=Path, default=record.RESULTS / "peers.json")
+    add("--plot", type=Path, default=ROOT / "assets" / "peers.png")
+    add("--plot-only", action="store_true")
     args = parser.parse_args()
-    if args.prompts:
-        prompts = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        lines = (args.model / "emoji.txt").read_text(encoding="utf-8").splitlines()
-        prompts = [line.split("\t")[1] for line in lines if "\t" in line]
-    prompts = prompts[:: max(len(prompts) // args.count, 1)][: args.count]
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-    pipeline = Lumina2Pipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline.set_progress_bar_config(disable=True)
-    own_shift = pipeline.scheduler.config.shift
-    lab = Lab(pipeline, prompts, args.guidance_scale, args.seed)
-    converged, results = lab.euler(CONVERGED, 3.0), {}
-    for shift in args.shifts or dict.fromkeys([own_shift, 1.0, 6.0]):
-        results[shift] = measure(lab, shift, lab.euler(STEPS, shift), converged)
-        print(f"\nShift {shift:g}, {len(prompts)} prompts, guidance {args.guidance_scale:g}\n\n{table(results[shift])}")
-    plot(results[max(results)], max(results), args.output)
-    machine = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
-    )
-    about = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__, "prompts": prompts}
-    print(json.dumps({**about, "guidance": args.guidance_scale, "seed": args.seed, "results": results}))
+    known, new = read_prompts(args)
+    packages = ["transformers", *["cache-dit"] * bool(importlib.util.find_spec("cache_dit"))]
+    about = {"model": args.model.name, "known": known, "new": new, "guidance": args.guidance_scale, "seed": args.seed}
+    results = record.Record(args.output, packages, **about)
+    if not args.plot_only:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        pipeline = load(args.model, torch.float32)
+        lab = Lab(pipeline, known + new, args.guidance_scale, args.seed)
+        converged = lab.euler(CONVERGED, 3.0)
+        print("the converged images are drawn", file=sys.stderr, flush=True)
+        for shift in args.shifts:
+            base = measure_shift(lab, shift, converged, results)
+            if shift == args.shifts[0]:
+                half = Lab(load(args.model, torch.bfloat16), known + new, args.guidance_scale, args.seed)
+                measure_rounding(half, shift, base, results)
+    plot(list(results.rows.values()), args.plot)
 
 
 if __name__ == "__main__":

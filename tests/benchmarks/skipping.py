@@ -1,0 +1,159 @@
+"""Other people's rules for skipping steps of a diffusion transformer, each from its published formula.
+
+A rule that looks at the latents is an object for one image: `skip(i, t, x)` returns the output to use in step i, or None
+to compute it, and `see(i, t, x, output)` is told what was computed. t is the time: 0 is noise, 1 the image. An output is
+(2, channels, height, width): with the prompt, and without. A rule that does not look at the latents is a schedule, a list
+of bools, by which `Blocks` skips the layers.
+"""
+
+import torch
+
+
+class EasyCache:
+    """EasyCache, arXiv 2507.02860: adds what the network added to its input at the last computed step.
+
+    The change of the output is estimated from that of the input, with their ratio k at the last computed steps, and added
+    up. As in the authors' code for Wan (H-EmbodVis/EasyCache), the first fifth of the steps and the last one are always
+    computed, the branch with the prompt decides, and the velocity points from image to noise (Lumina2's is its negative).
+    """
+
+    def __init__(self, steps, threshold):
+        self.steps, self.threshold = steps, threshold
+        self.k = self.last_x = self.computed_x = self.output = None
+        self.error = 0.0
+
+    def skip(self, i, t, x):
+        if i >= self.steps // 5 and i < self.steps - 1 and self.k is not None:
+            self.error += self.k * mean_of(x - self.last_x) / mean_of(self.output[0])
+            if self.error < self.threshold:
+                self.last_x = x
+                return self.output + self.computed_x - x
+        self.error, self.last_x = 0.0, x
+        return None
+
+    def see(self, i, t, x, output):
+        if self.output is not None:
+            self.k = mean_of(output[0] - self.output[0]) / mean_of(x - self.computed_x)
+        self.computed_x, self.output = x, output
+
+
+class LinearForecast:
+    """A line through the last two computed outputs, and its measured error: the rule that is told of TAFC.
+
+    Written from a description, not from the paper. At a computed step, the error of the line there (relative, L1) over
+    its number of steps says what a further step will cost; steps are skipped while these add up to less than the threshold.
+    """
+
+    def __init__(self, steps, threshold):
+        self.steps, self.threshold, self.points, self.rate, self.error = steps, threshold, [], None, 0.0
+
+    def forecast(self, t):
+        (_, t0, v0), (_, t1, v1) = self.points
+        return v1 + (v1 - v0) * ((t - t1) / (t1 - t0))
+
+    def skip(self, i, t, x):
+        if self.rate is None or i == self.steps - 1:
+            return None
+        self.error += self.rate * (i - self.points[-1][0])
+        return self.forecast(t) if self.error < self.threshold else None
+
+    def see(self, i, t, x, output):
+        if len(self.points) == 2:
+            error = mean_of(self.forecast(t) - output) / mean_of(output)
+            self.rate = error / (i - self.points[-1][0])
+        self.points = [*self.points[-1:], (i, t, output)]
+        self.error = 0.0
+
+
+class PrediT:
+    """PrediT, arXiv 2602.18093: an Adams-Bashforth forecast whose horizon follows the change of the output.
+
+    Forecast: the derivative of the output is taken from its last two differences, weighted as in Adams-Bashforth 2 with
+    unequal steps. Horizon: threshold / (relative change per step) ** (1/3), at most 8 steps. Corrector: where the change
+    per step exceeds `high`, the step is evaluated (the paper weighs it as Adams-Moulton does; here it is used as it is).
+    """
+
+    def __init__(self, steps, threshold, high=0.1):
+        self.steps, self.threshold, self.high, self.points, self.horizon = steps, threshold, high, [], 0
+
+    def skip(self, i, t, x):
+        if i == self.steps - 1 or len(self.points) < 3 or i - self.points[-1][0] > self.horizon:
+            return None
+        (_, ta, a), (_, tb, b), (_, tc, c) = self.points
+        before, last = (b - a) / (tb - ta), (c - b) / (tc - tb)
+        ratio = (t - tc) / (tc - tb)
+        return c + (t - tc) * (last + (last - before) * ratio / 2)
+
+    def see(self, i, t, x, output):
+        if self.points:
+            j, _, last = self.points[-1]
+            change = mean_of(output - last) / mean_of(last) / (i - j)
+            self.horizon = 0 if change > self.high else min(8, int(self.threshold / (change + 1e-8) ** (1 / 3)))
+        self.points = [*self.points[-2:], (i, t, output)]
+
+
+class Blocks(torch.nn.Module):
+    """In the place of the layers of the transformer: skips them by a schedule, and adds their last residual.
+
+    Counts on two calls in each step. `ratios`: of the norms of the residuals of successive computed steps, by token.
+    """
+
+    def __init__(self, layers, schedule):
+        super().__init__()
+        self.layers, self.schedule, self.calls, self.residuals, self.ratios = layers, schedule, 0, [None, None], []
+
+    def forward(self, hidden_states, *args):
+        step, branch = divmod(self.calls, 2)
+        self.calls += 1
+        if not self.schedule[step]:
+            return hidden_states + self.residuals[branch]
+        output = hidden_states
+        for layer in self.layers:
+            output = layer(output, *args)
+        last, self.residuals[branch] = self.residuals[branch], output - hidden_states
+        if branch == 0 and last is not None:
+            self.ratios.append((self.residuals[branch].norm(dim=-1) / last.norm(dim=-1)).mean().item())
+        return output
+
+
+# Of ComfyUI-TeaCache for Lumina2, highest power first
+COMFYUI_COEFFICIENTS = -8.74643948e02, 4.66059906e02, -7.51559762e01, 5.32836175e00, -3.27258296e-02
+
+
+def comfyui_schedule(embeddings, threshold, start=0.2):
+    """welltop-cn/ComfyUI-TeaCache, its rule for Lumina2: the relative change of the bare timestep embedding, rescaled.
+
+    embeddings: of each step. The first fifth of the steps is always computed, and the change is added up there too.
+    """
+    schedule, total = [True], 0.0
+    for i, (last, new) in enumerate(zip(embeddings, embeddings[1:]), 1):
+        change, rescaled = mean_of(new - last) / mean_of(last), 0.0
+        for coefficient in COMFYUI_COEFFICIENTS:
+            rescaled = rescaled * change + coefficient
+        total += rescaled
+        reached = not total < threshold
+        total = 0.0 if reached else total
+        schedule.append(reached or i / (len(embeddings) - 1) < start)
+    return schedule
+
+
+def magcache_schedule(ratios, threshold, longest=5, retention=0.1):
+    """MagCache, arXiv 2506.09045, with the settings of its code for FLUX (Zehong-Ma/MagCache).
+
+    ratios: of each step, the norm of the residual over that of the step before, measured on a few prompts; 1 for the first.
+    """
+    schedule, product, error, skipped = [], 1.0, 0.0, 0
+    for i, ratio in enumerate(ratios):
+        if i >= int(retention * len(ratios) + 0.5):
+            product *= ratio
+            skipped += 1
+            error += abs(1 - product)
+        skip = 0 < skipped <= longest and error <= threshold
+        if not skip:
+            product, error, skipped = 1.0, 0.0, 0
+        schedule.append(not skip)
+    return schedule
+
+
+def mean_of(x):
+    return x.abs().mean(dtype=torch.float32).item()
