@@ -1014,7 +1014,8 @@ def find_portrait(image, folder, resolution):
             if (pixel_values - picture).abs().mean() < 0.02:
                 return pixel_values[None], face_emb[None]
     own = ", ".join(sorted(file.name for file in Path(folder).glob("*.png")))
-    raise ValueError(f"{image} takes the real MEMO: the talking emoji animates its own portraits only, {own}")
+    own = f"its own portraits only, {own} in {folder}"
+    raise ValueError(f"{image} takes the real MEMO, --config {CONFIG}: the talking emoji animates {own}")
 
 
 def prepare_emoji(image, audio, config, folder, emotion=None):
@@ -1257,7 +1258,8 @@ def check_packages_for_faces():
     try:
         from memo.utils import audio_utils, vision_utils  # noqa: F401
     except Exception as error:  # some fail otherwise where a part of theirs is missing
-        raise ImportError(f"{error}: the real MEMO takes all that it requires, pip install -e ../memo") from None
+        where = "see Installation in README.md, pip install -e ../memo"
+        raise ImportError(f"{error}: the real MEMO needs all that it requires, {where}") from None
 
 
 def check_inputs(args):
@@ -1320,8 +1322,8 @@ def check_arguments(args, has_inputs):
 
 def check_folder(folder):
     """Create the folder of the outputs. OSError if nothing can be written there."""
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OSError(f"cannot write into {folder} ({error.strerror}): give another --output_dir") from None

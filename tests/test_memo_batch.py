@@ -91,10 +91,10 @@ def test_going_on(pairs, capsys, monkeypatch):
 
 def test_a_portrait_without_a_face_and_a_full_disk(pairs, capsys, monkeypatch):
     """No draft stays."""
-    write_video, paths = teacache_memo.write_video, []
+    paths = []
 
-    def full(frames, path, *args):
-        write_video(frames, path, *args)
+    def full(clips, path, *args):
+        assert path.with_suffix(".json").is_file() and next(clips).shape == (FRAMES, 16, 16, 3)
         paths.append(path)
         raise OSError(28, "No space left on device")
 
@@ -110,9 +110,12 @@ def test_a_portrait_without_a_face_and_a_full_disk(pairs, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("face.png", "line 1: face.png must be image,audio, two files"),
-        ("face.png,speech.wav\nface.png,speech.wav,more", "line 2: face.png,speech.wav,more must be image,audio"),
-        ("none.png,speech.wav", "line 1: none.png,speech.wav must be"),
+        ("face.png", "pairs.csv, line 1: face.png must be image,audio with one comma"),
+        ("face.png;speech.wav", "pairs.csv, line 1: face.png;speech.wav must be image,audio with one comma"),
+        ("\n \nface.png,speech.wav\n,\n\nface.png,speech.wav,more", "line 6: face.png,speech.wav,more must be image,"),
+        ("\nnone.png,speech.wav", "pairs.csv, line 2: there is no file none.png"),
+        ("face.png,none.wav", "pairs.csv, line 1: there is no file none.wav"),
+        ("face.png,speech.wav".encode("utf-16"), "pairs.csv is not UTF-8"),
         ("x" * 200_000, "field limit"),
         ("", "pairs.csv is empty"),
         (None, "pairs.csv"),
@@ -120,10 +123,21 @@ def test_a_portrait_without_a_face_and_a_full_disk(pairs, capsys, monkeypatch):
 )
 def test_bad_pairs(pairs, capsys, monkeypatch, text, says):
     monkeypatch.setattr(teacache_memo, "load_pipeline", lambda *a, **k: pytest.fail("loaded"))
-    (pairs / "pairs.csv").unlink() if text is None else (pairs / "pairs.csv").write_text(text)
+    if text is None:
+        (pairs / "pairs.csv").unlink()
+    else:
+        (pairs / "pairs.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert make() == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and says in err and not os.listdir("outputs")
+
+
+def test_empty_lines_change_nothing(pairs):
+    """Neither the names nor the seeds."""
+    jobs = batch_memo.parse_args(FLAGS).jobs
+    text = (pairs / "pairs.csv").read_text()
+    (pairs / "pairs.csv").write_text(f"\n\n{text}".replace("face.png, long", "\n \nface.png, long"))
+    assert batch_memo.parse_args(FLAGS).jobs == jobs and [job["seed"] for _, job in jobs] == [42, 43, 44]
 
 
 @pytest.mark.parametrize("case", ["no default files", "a video of the default files"])
@@ -166,8 +180,9 @@ def test_the_script_alone(alone):
 
 @ALONE
 def test_compare_alone(alone):
-    out = alone("compare_memo.py", "--rel_l1_thresh", "--computed_steps", "2")
-    assert [run["computed"] for run in json.loads(out.splitlines()[-1])["runs"]] == [12, 4]
+    alone("compare_memo.py", "--rel_l1_thresh", "--computed_steps", "2")
+    with open("outputs/face_speech_compare.json") as file:
+        assert [run["computed"] for run in json.load(file)["runs"]] == [12, 4]
     assert len(read("outputs/face_speech_compare.mp4")[0]) == 2 * FRAMES
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import wave
 from pathlib import Path
 from types import ModuleType
@@ -111,8 +112,25 @@ def test_two_clips(here, capsys):
     frames, fps, sound = read("new/outputs/face_speech.mp4")
     assert frames.shape == (2 * FRAMES, 16, 16, 3) and fps == FPS and sound == "aac"
     out, err = capsys.readouterr()
-    assert re.fullmatch(r"saved new/outputs/face_speech.mp4: [\d.]+ s, 4 of 12 steps computed\n", out)
-    assert err.count("6/6") and os.listdir("new/outputs") == ["face_speech.mp4"]
+    closing = r"saved new/outputs/face_speech.mp4: [\d.]+ s, 4 of 12 steps computed \(threshold 9\), seed 42\n"
+    assert re.fullmatch(closing, out) and os.listdir("new/outputs") == ["face_speech.mp4"]
+    assert "clip 2 of 2" in err and "4 of 12 steps computed" in err and "6/6" not in err, "one bar for the video"
+
+
+def test_flags_with_hyphens(here, capsys):
+    """As they are written in other tools; and the setting is named in the end."""
+    run("--output-dir", "o", "--computed-steps", 3, "--seed", 7)
+    assert "o/face_speech.mp4" in (out := capsys.readouterr().out) and "(computed_steps 3), seed 7" in out
+    run("--output_dir", "p", "--tolerance", 0.5, "--input-audio", "speech.wav", "--input-image", "face.png")
+    assert "(tolerance 0.5), seed 42" in capsys.readouterr().out
+
+
+def test_a_dot_in_the_name(here):
+    for name in ("john.smith.png", "john.doe.png"):
+        Path("face.png").rename(name)
+        args = teacache_memo.parse_args([*ARGUMENTS, "--input_image", name])
+        assert args.output.name == f"{Path(name).stem}_speech.mp4"
+        Path(name).rename("face.png")
 
 
 @pytest.mark.parametrize("flags, computed", [((), 8), (("--rel_l1_thresh", 0), 12), (("--computed_steps", 3), 6)])
@@ -156,11 +174,11 @@ def test_frames_are_memos(here, monkeypatch, settings):
     written, given, pipeline_call = [], [], memo.VideoPipeline.__call__
 
     def call(self, **kwargs):
-        given.append({name: value for name, value in kwargs.items() if name != "generator"})
+        given.append({name: value for name, value in kwargs.items() if name not in ("generator", "callback")})
         return pipeline_call(self, **kwargs)
 
     monkeypatch.setattr(memo.VideoPipeline, "__call__", call)
-    monkeypatch.setattr(teacache_memo, "write_video", lambda frames, *_: written.append(frames))
+    monkeypatch.setattr(teacache_memo, "write_video", lambda clips, *_: written.extend(clips))
     ((name, value),) = settings.items()
     run(f"--{name}", value, "--seed", 7)
     expected = memos_inference(settings, 7)
@@ -168,8 +186,9 @@ def test_frames_are_memos(here, monkeypatch, settings):
     for found, wanted in zip(given[:2], given[2:]):
         assert found.keys() == wanted.keys()
         assert all(np.allclose(found[name], wanted[name], atol=1e-2) for name in found)
-    assert np.abs(written[0].astype(int) - expected).max() <= 1, "saved weights are read into other memory"
-    assert len({frame.tobytes() for frame in written[0]}) == 32
+    written = np.concatenate(written)
+    assert np.abs(written.astype(int) - expected).max() <= 1, "saved weights are read into other memory"
+    assert len({frame.tobytes() for frame in written}) == 32
 
 
 def test_what_memos_functions_are_given(here, models, monkeypatch):
@@ -194,8 +213,9 @@ def test_what_memos_functions_are_given(here, models, monkeypatch):
     OmegaConf.save(OmegaConf.create(config), "config.yaml")
     run()
     misc = Path(models["misc_model_dir"], "misc")
-    face = {"face_analysis_model": str(misc / "face_analysis"), "image_path": "face.png", "image_size": 16}
-    assert given["preprocess_image"] == face
+    portrait = given["preprocess_image"].pop("image_path")
+    assert given["preprocess_image"] == {"face_analysis_model": str(misc / "face_analysis"), "image_size": 16}
+    assert not os.path.exists(portrait), "a copy, removed at the end"
     assert given["resample_audio"]["input_audio_file"] == "speech.wav"
     sound, voice = given["resample_audio"]["output_audio_file"], given["preprocess_audio"]
     assert voice["wav_path"] == sound and voice["fps"] == FPS and voice["num_generated_frames_per_clip"] == FRAMES
@@ -217,7 +237,7 @@ def test_missing_models_for_faces_are_fetched(here, models, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: fetched.append((args, kwargs)))
     for each in (config, {**CONFIG, **models}):
         teacache_memo.prepare("face.png", "speech.wav", OmegaConf.create(each), str(here))
-        os.remove("16k.wav")
+        os.remove("speech-16k.wav")
     ((args, kwargs),) = fetched
     assert args == ("memoavatar/memo",) and kwargs["local_dir"] == "elsewhere"
     assert kwargs["allow_patterns"] == ["misc/[fv]*"], "misc/face_analysis and misc/vocal_separator"
@@ -239,14 +259,14 @@ def test_defaults_lie_in_memos_folder(here, monkeypatch):
     }
     assert args.config.inference_steps == STEPS and str(args.output) == "outputs/dicaprio_speech.mp4"
     Path(names["input_image"]).parent.mkdir(parents=True)
-    Path(names["input_image"]).touch()
+    Path("face.png").rename(names["input_image"])
     assert str(teacache_memo.parse_args([]).input_image) == names["input_image"]
 
 
 def test_write_video(here):
     """Frames, rate and sound, read back; an odd number of rows is allowed for no side."""
     frames = np.stack([np.full((32, 48, 3), value, np.uint8) for value in range(0, 240, 8)])
-    teacache_memo.write_video(frames, "a.mp4", 25, "speech.wav")
+    assert teacache_memo.write_video([frames[:16], frames[16:]], "a.mp4", 25, "speech.wav") == Path("a.mp4")
     found, fps, sound = read("a.mp4")
     assert found.shape == frames.shape and fps == 25 and sound == "aac"
     assert np.abs(found.astype(int) - frames).max() <= 6
@@ -317,7 +337,7 @@ def test_xformers_leaves_no_trace(monkeypatch, tmp_path, xformers):
         (["--input_image", "x" * 300], "xxx"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--config", "face.png"], "decode"),
-        (["--config", "zero.yaml"], "number of steps"),
+        (["--config", "zero.yaml"], "zero.yaml: inference_steps must be a whole number of at least 1, not 0"),
         (["--rel_l1_thresh", "-1"], "rel_l1_thresh"),
         (["--rel_l1_thresh", "nan"], "rel_l1_thresh"),
         (["--rel_l1_thresh", "much"], "rel_l1_thresh"),
@@ -330,7 +350,7 @@ def test_xformers_leaves_no_trace(monkeypatch, tmp_path, xformers):
     ],
 )
 def test_bad_arguments(here, capfd, arguments, says):
-    Path("zero.yaml").write_text("inference_steps: 0")
+    OmegaConf.save(OmegaConf.create({**OmegaConf.load("config.yaml"), "inference_steps": 0}), "zero.yaml")
     assert says in refused(capfd, *arguments)
 
 
@@ -354,20 +374,104 @@ def test_a_memo_that_lacks_something(here, capfd, monkeypatch):
     assert "memo.models" in line and "see Installation" in line
 
 
-@pytest.mark.parametrize("what", ["no face", "not an image", "not a sound", "memo.utils"])
-def test_what_cannot_be_prepared(here, capfd, monkeypatch, what):
-    """One line of ours; ffmpeg writes its own before it."""
+def test_a_portrait_without_a_face(here, capfd, monkeypatch):
+    """Found by memo's face analysis, before the network is loaded."""
     monkeypatch.setattr(teacache_memo, "load_pipeline", lambda *_, **__: pytest.fail("loaded"))
     Image.new("RGB", (20, 20), "white").save("wall.png")
-    if what == "memo.utils":
-        monkeypatch.setitem(sys.modules, "memo.utils.vision_utils", None)
-    image = {"no face": "wall.png", "not an image": "speech.wav"}.get(what, "face.png")
     with pytest.raises(SystemExit) as exit:
-        run("--input_image", image, "--input_audio", "face.png" if what == "not a sound" else "speech.wav")
+        run("--input_image", "wall.png")
     line = exit.value.code
     assert line.startswith("could not prepare") and "\n" not in line and capfd.readouterr().out == ""
-    named = {"no face": "no face found in wall.png", "not an image": "speech.wav", "not a sound": "face.png"}
-    assert named.get(what, what) in line and not os.listdir("outputs")
+    assert "no face found in wall.png" in line and not os.listdir("outputs")
+
+
+def test_models_that_cannot_be_loaded(here, monkeypatch):
+    config = OmegaConf.load("config.yaml")
+    config.model_name_or_path = str(here / "nowhere")
+    OmegaConf.save(config, "config.yaml")
+    with pytest.raises(SystemExit, match="could not load .*nowhere: [^\n]*$"):
+        run()
+    assert not os.listdir("outputs")
+
+
+@pytest.mark.parametrize(
+    "flag, name, content, says",
+    [
+        ("--input_image", "a.png", b"", "a.png is not a picture that can be read"),
+        ("--input_image", "speech.wav", None, "speech.wav is not a picture that can be read"),
+        ("--input_audio", "a.wav", b"", "no sound in a.wav: "),
+        ("--input_audio", "a.mp3", b"not a sound", "no sound in a.mp3: "),
+        ("--input_audio", "face.png", None, "no sound in face.png: "),
+        ("--input_audio", "12:30.mp3", b"", "no sound in 12:30.mp3: "),
+    ],
+)
+def test_files_that_are_something_else(here, capfd, flag, name, content, says):
+    if content is not None:
+        Path(name).write_bytes(content)
+    assert says in refused(capfd, flag, name)
+
+
+def test_a_missing_file_is_named_as_typed(here, capfd):
+    """With the places that were searched: here, and memo's folder."""
+    line = refused(capfd, "--input_audio", "voices/none.wav")
+    memos = Path(package.__path__[0]).parent / "voices" / "none.wav"
+    assert f"no file voices/none.wav, looked for as {here / 'voices' / 'none.wav'} and {memos}" in line
+
+
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("cfg_scale", 1, "cfg_scale must be above 1, not 1"),
+        ("cfg_scale", "high", "cfg_scale must be above 1, not high"),
+        ("weight_dtype", "float16", "weight_dtype must be fp32, fp16, bf16, not float16"),
+        ("num_generated_frames_per_clip", 8, "num_generated_frames_per_clip must be 16"),
+        ("resolution", 500, "resolution must be a multiple of 8, not 500"),
+        ("fps", 29.97, "fps must be a whole number of at least 1, not 29.97"),
+        ("fps", None, "it lacks fps"),
+    ],
+)
+def test_a_config_that_cannot_work(here, capfd, key, value, says):
+    config = OmegaConf.load("config.yaml")
+    if value is None:
+        del config[key]
+    else:
+        config[key] = value
+    OmegaConf.save(config, "mine.yaml")
+    line = refused(capfd, "--config", "mine.yaml")
+    assert "mine.yaml" in line and says in line
+
+
+@pytest.mark.parametrize(
+    "module, says",
+    [("imageio_ffmpeg", 'pip install "imageio[ffmpeg]"'), ("memo.utils.vision_utils", "pip install -e ../memo")],
+)
+def test_a_missing_package(here, capfd, monkeypatch, module, says):
+    """That of the video at once, not after it was generated; those of memo's faces and voices too."""
+    monkeypatch.setitem(sys.modules, module, None)
+    assert says in refused(capfd)
+
+
+def test_a_folder_that_cannot_be_written(here, capfd, monkeypatch):
+    def read_only(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(teacache_memo.tempfile, "TemporaryFile", lambda dir=None: read_only(dir) if dir else open_())
+    open_ = tempfile.SpooledTemporaryFile
+    monkeypatch.setattr(teacache_memo, "read_voice", lambda path: None)
+    assert "cannot write into outputs (Permission denied): give another --output_dir" in refused(capfd)
+
+
+def test_emotions(here, capfd, monkeypatch):
+    """By name or number, instead of the recognised one."""
+    assert teacache_memo.parse_args([*ARGUMENTS, "--emotion", "sad"]).emotion == 6
+    assert teacache_memo.parse_args([*ARGUMENTS, "--emotion", "0"]).emotion == 0
+    assert teacache_memo.parse_args(ARGUMENTS).emotion is None
+    for wrong in ("9", "-1", "glad"):
+        assert "argument --emotion" in refused(capfd, f"--emotion={wrong}")
+    audio = sys.modules["memo.utils.audio_utils"]
+    monkeypatch.setattr(audio, "extract_audio_emotion_labels", lambda *_, **__: pytest.fail("recognised"))
+    inputs = teacache_memo.prepare("face.png", "speech.wav", OmegaConf.load("config.yaml"), str(here), emotion=0)
+    assert inputs.audio_emotion.tolist() == [0] * 32 and inputs.num_emotion_classes == 9
 
 
 def without_memo(code, folder):
@@ -413,7 +517,7 @@ def test_the_snippet_of_the_front_page(here):
         snippet = snippet.replace(f"assets/memo-emoji/{old}", new)
     scope = {}
     exec(snippet.replace("rel_l1_thresh=0.15", "rel_l1_thresh=9"), scope)
-    assert len(read("talk.mp4")[0]) == 2 * FRAMES and sum(scope["schedule"]) == 4
+    assert len(read("talk.mp4")[0]) == 2 * FRAMES and sum(scope["pipeline"].diffusion_net.teacache.schedule) == 2
 
 
 # --- compare_memo ------------------------------------------------------------------------------------
@@ -421,13 +525,13 @@ def test_the_snippet_of_the_front_page(here):
 
 def test_compare(here, capsys, monkeypatch):
     """The original, a threshold and a budget, after a warm-up of one clip; beside what was already made."""
-    calls, generate = [], teacache_memo.generate
+    calls, generate_all = [], teacache_memo.generate_all
 
-    def recorded(*args, **kwargs):
+    def recorded(*args, bar, **kwargs):
         calls.append(kwargs)
-        return generate(*args, **kwargs)
+        return generate_all(*args, bar=bar, **kwargs)
 
-    monkeypatch.setattr(teacache_memo, "generate", recorded)
+    monkeypatch.setattr(teacache_memo, "generate_all", recorded)
     run("--rel_l1_thresh", 9, 0, 9, "--computed_steps", 3, "--output_dir", "o", tool=compare_memo)
     none = {"rel_l1_thresh": None, "computed_steps": None, "tolerance": None}
     settings = [{**none, "rel_l1_thresh": 0.0}, {**none, "rel_l1_thresh": 9.0}, {**none, "computed_steps": 3}]
@@ -435,11 +539,12 @@ def test_compare(here, capsys, monkeypatch):
     frames, fps, sound = read("o/face_speech_compare.mp4")
     assert len(frames) == 32 and fps == FPS and sound == "aac"
     assert frames.shape[1] % 2 == frames.shape[2] % 2 == 0 and frames.shape[2] >= 3 * 192
-    out = capsys.readouterr().out
-    rows = re.findall(r"^\| (.+?) \| [\d.]+ s \| ([\d.]+)x \| (\d+) of 12 steps \| (.*) \| (.+) \|$", out, re.M)
+    out, err = capsys.readouterr()
+    rows = re.findall(r"^\| (.+?) \| [\d.]+ s \| ([\d.]+)x \| (\d+) of 12 steps \| (.*) \|$", out, re.M)
+    assert "threshold 9, clip 2 of 2" in err and "3 steps a clip, clip 1 of 2" in err, "bars are named"
     named = [("original", "12"), ("threshold 9", "4"), ("3 steps a clip", "6")]
     assert [(row[0], row[2]) for row in rows] == named and rows[0][3] == ""
-    last = json.loads(out.splitlines()[-1])
+    last = json.loads(Path("o/face_speech_compare.json").read_text())
     base, *others = last["runs"]
     assert base["speedup"] == 1 and base["psnr"] is None and last["config"]["inference_steps"] == STEPS
     for entry, row, setting in zip(last["runs"], rows, settings):
@@ -447,8 +552,11 @@ def test_compare(here, capsys, monkeypatch):
         assert entry["speedup"] == base["seconds"] / entry["seconds"]
     assert all(row[3] == f"{entry['psnr']:.1f} dB" for row, entry in zip(rows[1:], others))
     assert {"machine", "torch", "diffusers"} <= last.keys() and last["seed"] == teacache_memo.SEED
-    assert all(last[name] in row[4] for row in rows for name in ("machine", "torch", "diffusers"))
-    assert "face_speech_compare.mp4 exists" in refused(capsys, "--output_dir", "o", tool=compare_memo)
+    assert all(last[name] in out.splitlines()[-1] for name in ("machine", "torch", "diffusers")), "once, below"
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    for name in ("face_speech_compare.mp4", "face_speech_compare.json"):
+        assert f"{name} exists" in refused(capsys, "--output-dir", "o", tool=compare_memo)
+        Path("o", name).unlink()
     assert compare_memo.parse_args(ARGUMENTS).settings == [
         *({**none, "rel_l1_thresh": t} for t in (0.0, 0.09, 0.15, 0.25)),
         {**none, "computed_steps": STEPS // 2},

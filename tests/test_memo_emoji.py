@@ -34,7 +34,8 @@ def test_the_folder_is_complete():
     }
 
 
-def test_the_example_has_the_shapes_of_memos_functions():
+def test_the_example_has_the_shapes_of_memos_functions(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     example = load_file(FOLDER / "example.safetensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in example.items()}
     assert shapes == {
@@ -44,8 +45,11 @@ def test_the_example_has_the_shapes_of_memos_functions():
         "audio_emotion": (32,),
         "num_emotion_classes": (),
     }
-    inputs = teacache_memo.prepare(FOLDER / "example.png", FOLDER / "example.wav", None, None)
-    assert torch.equal(inputs.face_emb, example["face_emb"]) and inputs.sound == FOLDER / "example.wav"
+    config = teacache_memo.parse_args([]).config
+    inputs = teacache_memo.prepare(FOLDER / "example.png", FOLDER / "example.wav", config, None)
+    for name in ("pixel_values", "face_emb", "audio_emb", "audio_emotion"):
+        assert torch.equal(getattr(inputs, name), example[name]), name
+    assert inputs.sound == FOLDER / "example.wav" and inputs.num_frames == 32 and inputs.num_emotion_classes == 9
 
 
 def test_it_is_the_default_without_a_gpu(tmp_path, monkeypatch, capsys):
