@@ -1,15 +1,17 @@
-"""Compare TeaCache settings for Lumina-Image-2.0: one strip of images, a Markdown table and a JSON line.
+"""Compare TeaCache settings for Lumina-Image-2.0: one strip of images, a JSON file beside it, and a Markdown table.
 
     python compare_lumina2.py                                   # 0.3, 15 and 10 of 30 steps, 15 of 100
     python compare_lumina2.py --rel-l1-thresh 0.1 0.2 0.3 --computed-steps 15 --tolerance 0.003
 
-Each image is compared with the original, which is not cached. Takes the flags of teacache_lumina2.py as well.
+Each image is compared with the original, which is not cached. Seconds are the median of --repeats runs. Both files are
+written anew after each image, so that an interruption loses one. Takes the flags of teacache_lumina2.py as well.
 """
 
 import json
 import math
 import os
 import platform
+import statistics
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
@@ -44,10 +46,13 @@ def parse_args(argv=None):
         add("--tolerance", nargs="*", type=float, dest="tolerances", default=[], metavar="T")
         some = {"nargs": "*", "metavar": "K", "help": "such as 15, or 15/100"}
         add("--computed-steps", type=budget, dest="budgets", default=BUDGETS, **some)
-        add("--output", type=Path, default=Path("teacache_lumina2_compare.png"))
+        add("--repeats", type=int, default=3, help="timed runs of each image")
         parser.set_defaults(prompt=None, rel_l1_thresh=None, computed_steps=None, tolerance=None, parser=parser)
+        parser.set_defaults(default_output=Path("teacache_lumina2_compare.png"), beside=[".json"])
 
     args = teacache_lumina2.parse_args(argv, extend)
+    if args.repeats < 1:
+        args.parser.error(f"--repeats must be at least 1, not {args.repeats}")
     limits = [{"rel_l1_thresh": t} for t in dict.fromkeys([0.0, *args.thresholds])]
     limits += [{"computed_steps": k, "steps": n} for k, n in args.budgets] + [{"tolerance": t} for t in args.tolerances]
     args.columns, none = [], dict.fromkeys(("rel_l1_thresh", "computed_steps", "tolerance"))
@@ -56,7 +61,7 @@ def parse_args(argv=None):
         try:
             teacache_lumina2.check_settings(steps, **limit)
         except ValueError as error:
-            args.parser.error(str(error))
+            args.parser.error(error)
         args.columns.append({**none, **limit, "num_inference_steps": steps})
     return args
 
@@ -68,13 +73,25 @@ def psnr(image, reference):
     return 10 * math.log10(1 / mse) if mse > 0 else math.inf
 
 
+def name(column):
+    """Of a setting, in strip, table and progress bar."""
+    if column["tolerance"] is not None:
+        return f"tolerance {column['tolerance']:g}"
+    if column["computed_steps"] is not None:
+        return f"{column['computed_steps']} of {column['num_inference_steps']} steps"
+    return f"threshold {column['rel_l1_thresh']:g}" if column["rel_l1_thresh"] else "original"
+
+
+def cells(entry):
+    """A row of the table: setting, seconds, speedup, computed steps, PSNR."""
+    quality = "" if entry["rel_l1_thresh"] == 0 else f"{entry['psnr']:.1f} dB"
+    return name(entry), f"{entry['seconds']:.2f} s", f"{entry['speedup']:.2f}x", str(entry["computed"]), quality
+
+
 def caption(entry):
     """The lines of text under an image."""
-    thresh, tolerance, steps = entry["rel_l1_thresh"], entry["tolerance"], entry["num_inference_steps"]
-    name = f"{entry['computed']} of {steps} steps" if tolerance is None else f"tolerance {tolerance:g}"
-    name = name if thresh is None else f"threshold {thresh:g}" if thresh else "original"
-    cost = f"{entry['seconds']:.2f} s, {entry['speedup']:.2f}x"
-    return name, cost, f"{entry['computed']} computed", f"PSNR {entry['psnr']:.1f} dB" if thresh != 0 else ""
+    setting, seconds, speedup, computed, quality = cells(entry)
+    return setting, f"{seconds}, {speedup}", f"{computed} computed", f"PSNR {quality}" if quality else ""
 
 
 def strip(rows):
@@ -94,43 +111,73 @@ def strip(rows):
     return page
 
 
-def compare(args):
-    """Draw and time all columns for all prompts. Returns rows of (PIL image, entry)."""
+def compare(args, keep=lambda rows: None):
+    """Draw and time all columns for all prompts. Returns rows of (PIL image, entry); `keep` gets them after each image."""
     pipeline, rows = teacache_lumina2.load_pipeline(args), []
 
-    def draw(**settings):
+    def draw(label, **settings):
+        pipeline.set_progress_bar_config(desc=label)
         return teacache_lumina2.generate(pipeline, Namespace(**{**vars(args), **settings}))
 
-    draw(prompt=args.prompts[0], rel_l1_thresh=0.0, num_inference_steps=2)  # warm-up
+    draw("warm-up", prompt=args.prompts[0], rel_l1_thresh=0.0, num_inference_steps=2)
     for prompt in args.prompts:
         rows.append([])
         for column in args.columns:
-            image, seconds, schedule = draw(prompt=prompt, **column)
-            entry = {"prompt": prompt, **column, "seconds": seconds, "computed": sum(schedule)}
-            rows[-1].append((image, entry))
+            labels = [f"{name(column)}, run {run + 1} of {args.repeats}" for run in range(args.repeats)]
+            images, seconds, schedules = zip(*[draw(label, prompt=prompt, **column) for label in labels])
+            entry = {"prompt": prompt, **column, "seconds": statistics.median(seconds), "computed": sum(schedules[0])}
+            rows[-1].append((images[0], entry))
             original, base = rows[-1][0]
-            entry |= {"speedup": base["seconds"] / seconds, "psnr": psnr(image, original)}
+            entry |= {"speedup": base["seconds"] / entry["seconds"], "psnr": psnr(images[0], original)}
+            keep(rows)
     return rows
+
+
+def machine(args):
+    """Where the seconds were measured."""
+    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
+    return {"machine": name, "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+
+def write(args, rows):
+    """The strip, and the JSON file beside it."""
+    teacache_lumina2.save_image(strip(rows), args.output)
+    names = "model transformer dtype height width guidance_scale cfg_trunc_ratio negative_prompt seed repeats".split()
+    runs = [dict(entry) for row in rows for _, entry in row]
+    for entry in runs:
+        entry["psnr"] = entry["psnr"] if math.isfinite(entry["psnr"]) else None  # JSON has no infinity
+    result = {**{name: getattr(args, name) for name in names}, **machine(args), "runs": runs}
+    draft = args.output.with_name(f".{args.output.stem[:40]}.{os.getpid()}.json")
+    try:
+        draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        draft.replace(args.output.with_suffix(".json"))
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def table(rows):
+    """The lines of a Markdown table for each prompt."""
+    heading = "setting", "seconds", "speedup", "computed", "PSNR"
+    for row in rows:
+        texts = [heading, *[cells(entry) for _, entry in row]]
+        widths = [max(map(len, column)) for column in zip(*texts)]
+        yield from ("", row[0][1]["prompt"][:76], "")
+        for i, text in enumerate(texts):
+            yield "| " + " | ".join(word.ljust(width) for word, width in zip(text, widths)) + " |"
+            if i == 0:
+                yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
 
 
 def main(argv=None):
     args = parse_args(argv)
-    rows = compare(args)
-    strip(rows).save(args.output)
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    image, about = rows[0][0][0], f"{machine}, torch {torch.__version__}, diffusers {diffusers.__version__}"
-    about = f"{Path(args.model).name}, {image.width} x {image.height}, {args.dtype}, {about}"
-    print(f"saved {args.output}\n\n| prompt | setting | seconds | speedup | computed | PSNR | on |\n{'|---' * 7}|")
-    for entry in (entry for row in rows for _, entry in row):
-        name, cost, computed, quality = caption(entry)
-        seconds, speedup = cost.split(", ")
-        quality = quality.removeprefix("PSNR ")
-        print(f"| {entry['prompt'][:40]} | {name} | {seconds} | {speedup} | {computed} | {quality} | {about} |")
-        entry["psnr"] = entry["psnr"] if math.isfinite(entry["psnr"]) else None  # JSON has no infinity
-    names = "model transformer dtype height width guidance_scale cfg_trunc_ratio negative_prompt seed".split()
-    settings = {name: getattr(args, name) for name in names}
-    print(json.dumps({**settings, **versions, "runs": [entry for row in rows for _, entry in row]}))
+    for column in args.columns:
+        limits = {limit: column[limit] for limit in teacache_lumina2.LIMITS}
+        teacache_lumina2.warn_of_few_steps(column["num_inference_steps"], **limits)
+    rows = compare(args, keep=lambda rows: write(args, rows))
+    image, about = rows[0][0][0], machine(args)
+    print(f"saved {args.output} and {args.output.with_suffix('.json')}", *table(rows), sep="\n")
+    print(f"\n{Path(args.model).name}, {image.width} x {image.height}, {args.dtype}, median of {args.repeats}")
+    print(f"{about['machine']}, torch {about['torch']}, diffusers {about['diffusers']}")
 
 
 if __name__ == "__main__":

@@ -1117,7 +1117,7 @@ def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, schedu
     count = min(math.ceil(num_frames / size), clips or sys.maxsize)
     schedule = [] if schedule is None else schedule
     form = "{desc} |{bar}| {remaining} left{postfix}"
-    with tqdm(total=count * steps, bar_format=form, disable=bar is None, leave=False) as progress:
+    with tqdm(desc=bar, total=count * steps, bar_format=form, disable=bar is None, leave=False) as progress:
 
         def after_step(i, timestep, latents):
             computed = schedule.count(True) + pipeline.diffusion_net.teacache.schedule.count(True)

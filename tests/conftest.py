@@ -43,6 +43,14 @@ def pytest_configure(config):
         sys.path.insert(0, str(Path(path or MEMO_DOUBLE).resolve()))
 
 
+def pytest_terminal_summary(terminalreporter):
+    """One line about the tests that need the real memo."""
+    skipped = [r for r in terminalreporter.stats.get("skipped", []) if "the real memo is not here" in str(r.longrepr)]
+    if skipped:
+        command = "python -m pytest tests/test_memo_*.py --memo PATH_TO_MEMO"
+        terminalreporter.write_line(f"{len(skipped)} tests of the real memo were skipped, to run them: {command}")
+
+
 def tensors_in(thing, seen=None):
     """Every tensor reachable from an object's attributes, lists, tuples and dicts."""
     seen = set() if seen is None else seen

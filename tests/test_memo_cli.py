@@ -154,7 +154,7 @@ def call(**given):
 def memos_inference(settings, seed):
     """memo's inference.py written a second time: two clips, chained by their past frames."""
     pipeline, audio_proj = tiny_pipeline()
-    teacache_memo.apply_teacache(pipeline.diffusion_net, STEPS, **settings)
+    teacache_memo.apply_teacache(pipeline, **settings)
     pixels, face = sys.modules["memo.utils.vision_utils"].preprocess_image("", "face.png", 16)
     clips, given = [], {"face_emb": face, "generator": torch.Generator().manual_seed(seed)}
     audio = torch.randn(32, 5, 2, 8, generator=torch.Generator().manual_seed(32))

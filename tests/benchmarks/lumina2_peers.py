@@ -15,6 +15,7 @@ Writes rows as they are done, and goes on where it was stopped; `render.py` make
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import logging
 import math
@@ -248,9 +249,9 @@ def psnr(images, reference):
     return (10 * torch.log10(1 / mse)).tolist()
 
 
-def tune(passes_of, target, tries=9):
+def tune(passes_of, target, tries=8):
     """The threshold whose passes are nearest to the target, by bisection: the higher, the fewer."""
-    low, high, found = 1e-4, 100.0, {}
+    low, high, found = 1e-3, 30.0, {}
     for _ in range(tries):
         threshold = float(f"{math.sqrt(low * high):.3g}")
         found[threshold] = passes_of(threshold)
@@ -263,7 +264,7 @@ class Measurement:
 
     def __init__(self, table, lab, shift, references, results):
         self.table, self.lab, self.shift, self.references, self.results = table, lab, shift, references, results
-        self.few = lab.select(slice(0, len(lab.noise), max(1, len(lab.noise) // 2)))  # for tuning
+        self.few = lab.select([len(lab.noise) // 2])  # for tuning
 
     def key(self, method, setting):
         return record.slug(self.table, method, setting)
@@ -293,25 +294,21 @@ class Measurement:
                 self.add(method, f"about {target}: {threshold:g}", *draw_with(threshold))
 
     def published_teacache(self, targets=(15, 10)):
-        for name in ("v1", "v2"):
-            coefficients = getattr(teacache_lumina2, f"COEFFICIENTS_{name.upper()}")
+        def passes_of(threshold):
+            self.few.teacache(STEPS, self.shift, rel_l1_thresh=threshold)
+            return self.few.passes
 
-            def passes_of(threshold, coefficients=coefficients):
-                self.few.teacache(STEPS, self.shift, rel_l1_thresh=threshold, coefficients=coefficients)
-                return self.few.passes
+        for corrected, suffix in ((False, ""), (True, ", corrected")):
+            for name in ("v1", "v2"):
+                given = {
+                    "rel_l1_thresh": 0.3,
+                    "coefficients": getattr(teacache_lumina2, f"COEFFICIENTS_{name.upper()}"),
+                }
+                self.add(f"TeaCache {name}{suffix}", 0.3, self.lab.teacache, corrected=corrected, **given)
+            draw_with = lambda t: (functools.partial(self.lab.teacache, corrected=corrected, rel_l1_thresh=t),)  # noqa
+            self.tuned(f"TeaCache v1{suffix}", passes_of, draw_with, targets=targets)
 
-            found = {0.3: "0.3"}
-            for target in targets:
-                start = self.key(f"TeaCache {name}", f"about {target}")
-                done = [row for key, row in self.results.rows.items() if key.startswith(start)]
-                threshold = float(done[0]["setting"].split()[-1]) if done else tune(passes_of, target)
-                found.setdefault(threshold, f"about {target}: {threshold:g}")
-            for corrected, suffix in ((False, ""), (True, ", corrected")):
-                for threshold, setting in found.items():
-                    given = {"rel_l1_thresh": threshold, "coefficients": coefficients, "corrected": corrected}
-                    self.add(f"TeaCache {name}{suffix}", setting, self.lab.teacache, **given)
-
-    def ours(self, steps=STEPS, computed=(8, 10, 15, 20), tolerances=(0.003, 0.01), both=True):
+    def ours(self, steps=STEPS, computed=(8, 10, 15), tolerances=(0.003, 0.01), both=True):
         name = "" if steps == STEPS else f" of {steps}"
         for corrected, suffix in ((True, ""), (False, ", not corrected")) if both else ((True, ""),):
             given = {"steps": steps, "corrected": corrected}
@@ -353,13 +350,13 @@ class Measurement:
             for k in (15, 10):
                 schedule = self.lab.schedule(STEPS, self.shift, computed_steps=k)
                 self.add(name, f"steps of computed_steps {k}", self.lab.cache_dit, calibrator, schedule)
-            if own:
+            if own and calibrator in (None, "TaylorSeer"):
                 limits = {"residual_diff_threshold": 0.12, "max_warmup_steps": 4}
                 self.add(name, "F1, 0.12, warm-up 4", self.lab.cache_dit, calibrator, **limits)
 
     def solvers(self):
         lab = self.lab
-        for name, solver in {"AB2": lab.adams_bashforth, "DPM-Solver++ 2M": lab.dpm_solver, "UniPC": lab.unipc}.items():
+        for name, solver in {"AB2": lab.adams_bashforth, "UniPC": lab.unipc, "DPM-Solver++ 2M": lab.dpm_solver}.items():
             for n in (10, 15):
                 self.add(name, f"{n} steps", solver, steps=n)
                 if self.shift != 1:
@@ -373,7 +370,7 @@ def measure_shift(lab, shift, converged, results):
     for n in (STEPS, 50):
         m.add("Euler, uncached", f"{n} steps", lab.euler, steps=n)
     m.ours()
-    for n in (20, 15, 10):
+    for n in (15, 10):
         m.add("fewer Euler steps", f"{n} steps", lab.euler, steps=n)
     m.published_teacache()
     m.peers()
@@ -387,8 +384,8 @@ def measure_rounding(lab, shift, float32, results):
     """A table in bfloat16: all against the uncached float32 image."""
     m = Measurement("rounding", lab, shift, {"float32": float32}, results)
     m.add("Euler, uncached", f"{STEPS} steps", lab.euler)
-    m.ours(computed=(8, 10, 12, 15, 20))
-    for n in (20, 15, 10):
+    m.ours(computed=(8, 10, 12, 15))
+    for n in (15, 10):
         m.add("fewer Euler steps", f"{n} steps", lab.euler, steps=n)
     m.published_teacache(targets=(15,))
     m.peers()

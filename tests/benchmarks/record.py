@@ -40,7 +40,8 @@ class Record:
         draft = self.path.with_suffix(".draft")
         lines = [f'    "{key}": {json.dumps(row)}' for key, row in self.rows.items()]
         about = json.dumps(self.about, indent=2).replace("\n", "\n  ")
-        draft.write_text('{\n  "about": %s,\n  "rows": {\n%s\n  }\n}\n' % (about, ",\n".join(lines)), encoding="utf-8")
+        rows = ",\n".join(lines)  # a row a line
+        draft.write_text(f'{{\n  "about": {about},\n  "rows": {{\n{rows}\n  }}\n}}\n', encoding="utf-8")
         draft.replace(self.path)
 
 

@@ -88,6 +88,8 @@ class VideoPipeline(DiffusionPipeline):
                 without, with_face = velocity.chunk(2)
                 velocity = without + guidance_scale * (with_face - without)
             latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+            if callback is not None and i % callback_steps == 0:
+                callback(i, t, latents)
 
         frames = (latents / 0.18215).transpose(1, 2).flatten(0, 1)
         video = torch.cat([self.vae.decode(frame[None]).sample for frame in frames])
