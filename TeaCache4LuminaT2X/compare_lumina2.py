@@ -75,11 +75,11 @@ def psnr(image, reference):
 
 def name(column):
     """Of a setting, in strip, table and progress bar."""
+    if column["rel_l1_thresh"] is not None:
+        return f"threshold {column['rel_l1_thresh']:g}" if column["rel_l1_thresh"] else "original"
     if column["tolerance"] is not None:
         return f"tolerance {column['tolerance']:g}"
-    if column["computed_steps"] is not None:
-        return f"{column['computed_steps']} of {column['num_inference_steps']} steps"
-    return f"threshold {column['rel_l1_thresh']:g}" if column["rel_l1_thresh"] else "original"
+    return f"{column['computed_steps']} of {column['num_inference_steps']} steps"
 
 
 def cells(entry):
@@ -141,18 +141,15 @@ def machine(args):
 
 def write(args, rows):
     """The strip, and the JSON file beside it."""
-    teacache_lumina2.save_image(strip(rows), args.output)
+    with teacache_lumina2.complete_file(args.output) as draft:
+        strip(rows).save(draft)
     names = "model transformer dtype height width guidance_scale cfg_trunc_ratio negative_prompt seed repeats".split()
     runs = [dict(entry) for row in rows for _, entry in row]
     for entry in runs:
         entry["psnr"] = entry["psnr"] if math.isfinite(entry["psnr"]) else None  # JSON has no infinity
     result = {**{name: getattr(args, name) for name in names}, **machine(args), "runs": runs}
-    draft = args.output.with_name(f".{args.output.stem[:40]}.{os.getpid()}.json")
-    try:
+    with teacache_lumina2.complete_file(args.output.with_suffix(".json")) as draft:
         draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        draft.replace(args.output.with_suffix(".json"))
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def table(rows):

@@ -73,11 +73,11 @@ EMOJI_EMOTIONS = "happy", "neutral", "sad"  # those that the talking emoji has l
 NETWORK = "diffusion_net"  # attribute of the pipeline that TeaCache is applied to
 
 COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: the identity, none was fitted for MEMO
-DAMPING = 0.25  # of the extrapolation, see Branch.forecast
-CURVATURE = 60.0  # initial error of the extrapolation over the square of its gap, see by_tolerance
+DAMPING = 0.25  # of the extrapolation, see extrapolate
+CURVATURE = 60.0  # under a tolerance: error of the extrapolation over the square of its gap, before it is measured
 LONGEST_GAP = 0.2  # under a tolerance: time without a computed step, of 1 from noise to image
 CORRECT = True  # with a pipeline: correct the latents afterwards for what skipped steps got wrong, see Corrector
-TRUST = 4.0  # of the correction: the larger, the less is corrected where the extrapolation errs
+CAUTION = 4.0  # of the correction: the larger, the less is corrected where the extrapolation errs
 # ------------------------------------------------------------------------------
 
 
@@ -101,20 +101,19 @@ def teacache_forward(
 ):
     """`UNet3DConditionModel.forward` (memo, commit a5aee30) with TeaCache: the velocity, shaped as the latents.
 
-    Settings are read from the instance or its class, see `read_settings`; the state is `self.teacache`, on the
-    instance. With gradients, at threshold 0 or without `enable_teacache`, every step is computed and nothing is kept.
+    Settings are read from the instance, its class or the constants, see `read_settings`; the state is `self.teacache`,
+    on the instance. With gradients, at threshold 0 or without `enable_teacache`, every step is computed, as in stock.
     """
     from memo.models.unet_3d import UNet3DConditionOutput  # here, so that this file can be imported without memo
 
     # ---- TeaCache: a step that is skipped by extrapolation runs no part of the network ----
-    times = [
-        torch.as_tensor(t).double().mean().item() for t in (timestep if isinstance(timestep, list) else [timestep])
-    ]
+    timesteps = timestep if isinstance(timestep, list) else [timestep]
+    time = 1 - sum(torch.as_tensor(t).cpu().double().mean().item() for t in timesteps) / len(timesteps) / 1000
+    portrait = ref_features["mid"][0][0][0]  # a tensor that is one object throughout a clip
     conditioning = [encoder_hidden_states, audio_embedding, audio_emotion, class_labels, mask_cond_fea, attention_mask]
-    conditioning += [uc_mask, ref_features["mid"][0][0][0]]  # the last is one object throughout a clip
-    cache, branch = begin_call(self, 1 - sum(times) / len(times) / 1000, conditioning, sample)
+    cache, branch = begin_call(self, time, [*conditioning, uc_mask, portrait], portrait, sample)
     if cache.extrapolates and not should_calc(cache, branch, force=update_past_memory):
-        sample = branch.forecast(cache.timesteps[-1])
+        sample = branch.forecast(time)
         return UNet3DConditionOutput(sample=sample) if return_dict else (sample,)
     # ---- end of TeaCache ----
 
@@ -133,14 +132,14 @@ def teacache_forward(
 
     # time
     t_emb_list = []
-    for timesteps in timestep if isinstance(timestep, list) else [timestep]:
-        if not torch.is_tensor(timesteps):
-            kind = "float" if isinstance(timestep, float) else "int"  # in a list stock cuts the fraction off
+    for t in timesteps:
+        if not torch.is_tensor(t):
+            kind = "float" if isinstance(timestep, float) else "int"  # in a list, stock drops the fraction: kept
             bits = 32 if sample.device.type == "mps" else 64
-            timesteps = torch.tensor([timesteps], dtype=getattr(torch, f"{kind}{bits}"), device=sample.device)
-        elif timesteps.ndim == 0:
-            timesteps = timesteps[None].to(sample.device)
-        t_emb_list.append(self.time_proj(timesteps.expand(sample.shape[0])))
+            t = torch.tensor([t], dtype=getattr(torch, f"{kind}{bits}"), device=sample.device)
+        elif t.ndim == 0:
+            t = t[None].to(sample.device)
+        t_emb_list.append(self.time_proj(t.expand(sample.shape[0])))
     t_emb = torch.stack(t_emb_list, dim=1) if isinstance(timestep, list) else t_emb_list[0]
     emb = self.time_embedding(t_emb.to(dtype=self.dtype))
 
@@ -159,7 +158,7 @@ def teacache_forward(
     # ---- TeaCache: stock runs the blocks at every step ----
     if cache.needs_modulated_input:
         cache.accumulate(branch, modulated_input=sample)
-    if should_calc(cache, branch, force=update_past_memory):
+    if should_calc(cache, branch, force=update_past_memory):  # with extrapolation always, as it was asked above
         original_sample = sample
         memory = {"is_new_audio": is_new_audio, "update_past_memory": update_past_memory}
         for_all = {"temb": emb, "encoder_hidden_states": encoder_hidden_states, **memory}
@@ -202,7 +201,7 @@ def teacache_forward(
                 sample, audio_embedding = upsample_block(audio_embedding=audio_embedding, **inputs, **for_attention)
             else:
                 sample = upsample_block(**inputs)
-        residual = sample - original_sample
+        residual = sample - original_sample if cache.rule is by_threshold else None
     else:
         residual = branch.previous_residual
         sample = sample + residual
@@ -221,11 +220,11 @@ def teacache_forward(
 
 
 def should_calc(cache, branch, force=False):
-    """Whether this call runs the blocks. The first call of a step decides for all of them.
+    """Whether this call runs the blocks. The first call of a step decides for the whole step.
 
     A call that has nothing to reuse, or that must not be skipped (`force`), is computed whatever was decided.
     """
-    if cache.rule is None:  # threshold 0, the last step, or switched off
+    if cache.rule is None:  # every step is computed
         return True
     needed = force or branch.is_empty
     if cache.schedule[-1] is None:  # not decided yet
@@ -243,14 +242,16 @@ def by_threshold(cache):
 def by_budget(cache):
     """Compute exactly `computed_steps` steps: those that are left are spread evenly over the rest of the generation."""
     step, left = cache.step, cache.settings.computed_steps - cache.schedule.count(True)
-    if step == 0 or cache.num_steps - step <= max(left, 1):  # the first, and as many at the end as are left
+    if step == 0:
+        return True
+    if cache.num_steps - step <= left:  # all that are still to come
         return True
     if left <= 1:  # kept for the last step
         return False
     position = cache.positions()
     pace = position[step] - position[step - 1]
     last_computed = max(p for p, computed in zip(position, cache.schedule) if computed)
-    last_step = 1 - pace  # about
+    last_step = 1 - pace  # if the pace stays
     return position[step] + pace / 2 >= last_computed + (last_step - last_computed) / left
 
 
@@ -262,7 +263,7 @@ def by_plan(cache):
 def by_tolerance(cache):
     """Compute when the errors expected of the steps since the last computed one add up to the tolerance.
 
-    The error of the extrapolation grows with the square of the gap; `cache.curvature` is their ratio, as measured.
+    The error of the extrapolation is taken as `cache.curvature` times the square of the time since then.
     """
     computed = [t for t, was_computed in zip(cache.timesteps, cache.schedule) if was_computed]
     if len(computed) < 2 or cache.timesteps[-1] - computed[-1] > LONGEST_GAP:
@@ -275,7 +276,7 @@ def by_tolerance(cache):
 
 
 def extrapolate(points, t):
-    """v1 + a(g) (v1 - v0), as above, from points [(t0, v0), (t1, v1)]; v1 where there is no other."""
+    """v(t) = v1 + a(g) (v1 - v0), see the top of the file, from [(t0, v0), (t1, v1)]; v1 of [(t1, v1)] alone."""
     t1, v1 = points[-1]
     if len(points) == 1:
         return v1.clone()
@@ -290,13 +291,13 @@ def relative_l1(new, old):
 
 
 def rescale(change, coefficients):
-    """The published polynomial of a change; infinite, so that the step is computed, beyond where it falls below zero.
+    """The published polynomial of a change, up to where it falls below zero.
 
-    It was not fitted to such changes: the more changed, the more would be skipped.
+    Beyond, it was not fitted: the more changed, the more would be skipped. Infinity has the step computed.
     """
     roots = [root.real for root in np.roots(coefficients) if root.imag == 0 and root.real > 0]
     falls = [root for root in roots if np.polyval(np.polyder(coefficients), root) < 0]
-    if change > min(falls, default=math.inf):
+    if change > min(falls, default=math.inf) or change == math.inf:
         return math.inf
     return np.polyval(coefficients, change)
 
@@ -305,10 +306,11 @@ def rescale(change, coefficients):
 
 
 class Branch:
-    """What is cached of one call in each step. Guidance by two calls, with the prompt and without, has two branches."""
+    """The cache of one of the calls in a step. Guidance by two calls, with the prompt and without, has two."""
 
-    def __init__(self, conditioning, layout, step):
+    def __init__(self, conditioning, mark, layout, step):
         self.conditioning = conditioning  # tensors, by which its call is found in the next step
+        self.mark = mark  # one of them
         self.layout = layout  # shape, dtype and device of the latents
         self.step = step  # the last one in which it was called
         self.previous_residual = None  # with a threshold: output minus input of the blocks, last computed step
@@ -328,7 +330,7 @@ class Branch:
 
     def remember(self, timestep, output):
         """Keep the output of a computed step, and how far the extrapolation would have been from it."""
-        earlier = [(t, v) for t, v in self.outputs if t < timestep]  # timesteps of a scheduler may repeat
+        earlier = [(t, v) for t, v in self.outputs if t < timestep]  # Heun's scheduler, say, repeats timesteps
         self.error = relative_l1(self.forecast(timestep), output) if len(earlier) == 2 else None
         self.outputs = [*earlier[-1:], (timestep, output.clone())]  # the caller may write into its output
 
@@ -370,7 +372,7 @@ def read_settings(model):
 
 
 def limits_or_constants(rel_l1_thresh=None, computed_steps=None, tolerance=None):
-    """The limits as given; if there is none, the first of the constants that is set."""
+    """The three settings of which one limits what is skipped: as given, or else the constant that is set."""
     if rel_l1_thresh is not None or computed_steps is not None or tolerance is not None:
         return rel_l1_thresh, computed_steps, tolerance
     if COMPUTED_STEPS is not None:
@@ -388,14 +390,14 @@ class TeaCacheState:
         self.schedule = []  # one entry a step: True if computed, False if skipped, None while not decided
         self.num_steps = None  # of the whole generation
         self.settings = None  # those of the running step
-        self.rule = None  # by_threshold, by_budget, by_plan, by_tolerance, or None: every step is computed
+        self.rule = None  # by_threshold, by_budget, by_plan or by_tolerance; None: every step is computed
         self.accumulated_rel_l1_distance = 0.0  # since the last computed step
-        self.previous_modulated_input = None  # of the last step,
-        self.observed_branch = None  # in this branch
-        self.curvature = CURVATURE  # error of the extrapolation over the square of its gap
+        self.previous_modulated_input = None  # of the first call of the last step
+        self.observed_branch = None  # the branch of that call
+        self.curvature = CURVATURE  # under a tolerance, see by_tolerance
         self.branches = []
         self.calls = 0  # of the network in the running step
-        self.ticks = None  # of the pipeline's clock, when the running step began
+        self.step_id = None  # the clock's number of the running step; None: not in a pipeline
         self.thread = threading.get_ident()
 
     def __repr__(self):
@@ -420,71 +422,73 @@ class TeaCacheState:
         return self.rule is by_threshold and self.schedule[-1] is None
 
     def positions(self):
-        """How far each step is, 0 for the first and 1 for the end: the mean of its index and its timestep, as shares."""
+        """How far each step is, from 0 to 1: the mean of its share of the steps and its share of the time."""
         start = self.timesteps[0]
         span = (1 - start) or 1.0
         return [(i / self.num_steps + (t - start) / span) / 2 for i, t in enumerate(self.timesteps)]
 
-    def is_over(self, timestep, conditioning, layout):
+    def is_over(self, timestep, conditioning, mark, layout):
         """Whether this call begins another generation, as far as calls alone can tell."""
         if not self.timesteps:
             return False
         if timestep < self.timesteps[-1] or self.was_interrupted:
             return True
-        return timestep > self.timesteps[-1] and not self.knows(conditioning, layout)
+        return timestep > self.timesteps[-1] and not self.knows(conditioning, mark, layout)
 
     @property
     def was_interrupted(self):
-        """A call that came to its end has left something."""
+        """Whether a call did not finish: a finished one has left a residual or an output."""
         return self.rule is not None and any(branch.is_empty for branch in self.branches)
 
-    def knows(self, conditioning, layout):
-        """Whether the last step had a call like this one. A prompt may be replaced midway, its last tensor stays."""
+    def knows(self, conditioning, mark, layout):
+        """Whether the last step had a call like this one. The mark is enough: a callback may replace the prompt."""
         last = [branch for branch in self.branches if branch.step == self.step and branch.layout == layout]
-        return any(b.conditioning[-1] is conditioning[-1] or b.matches(conditioning) for b in last)
+        return any(branch.mark is mark or branch.matches(conditioning) for branch in last)
 
-    def begin_step(self, timestep, num_steps, settings, ticks=None):
+    def begin_step(self, timestep, num_steps, settings, step_id=None):
+        if settings.rule is by_plan:
+            check_plan(settings.computed_steps, num_steps)
+        self.branches = [branch for branch in self.branches if branch.step == self.step]  # the others have ended
         if self.rule is by_tolerance:
             self.measure_curvature()
-        self.branches = [branch for branch in self.branches if branch.step == self.step]  # the others have ended
         self.timesteps.append(timestep)
-        self.num_steps, self.settings, self.ticks, self.calls = num_steps, settings, ticks, 0
+        self.num_steps, self.settings, self.step_id, self.calls = num_steps, settings, step_id, 0
         rule = None if self.is_last_step else settings.rule
-        if rule is by_plan:
-            check_plan(settings.computed_steps, num_steps)
         if rule is not self.rule or self.is_last_step:
             self.free()
         self.rule = rule
         self.schedule.append(True if rule is None else None)
 
     def free(self):
-        """Let go of all tensors: the last step needs none, and another rule needs others."""
+        """Let go of all tensors: the last step uses none, and another rule uses others."""
         self.branches = []
         self.previous_modulated_input = self.observed_branch = None
 
-    def find_branch(self, conditioning, layout):
-        """The k-th call of a step with the same conditioning has its k-th branch: tiles, or several images at a time."""
+    def find_branch(self, conditioning, mark, layout):
+        """The branch of this call, or a new one. Equal calls of a step (tiles, say) are told apart by their order."""
         unused = [branch for branch in self.branches if branch.step != self.step and branch.layout == layout]
-        same_object = [branch for branch in unused if branch.conditioning[-1] is conditioning[-1]]
-        for branch in same_object + unused:  # the same object first: comparing values waits for the GPU
+        unused.sort(
+            key=lambda branch: branch.mark is not mark
+        )  # same objects first: comparing values waits for the GPU
+        for branch in unused:
             if branch.matches(conditioning):
                 branch.step = self.step
                 return branch
-        branch = Branch(conditioning, layout, self.step)
+        branch = Branch(conditioning, mark, layout, self.step)
         if not self.is_last_step:
             self.branches.append(branch)
         return branch
 
     def accumulate(self, branch, modulated_input):
-        """Add the rescaled change of the modulated input since the last step; NaN if that step did not have it."""
-        change = math.nan
+        """Add the rescaled change of the modulated input since the last step."""
+        change = math.inf  # unknown, if the first call of the last step was another: the step is computed
         if self.observed_branch is branch:
             change = relative_l1(modulated_input, self.previous_modulated_input).item()
         self.accumulated_rel_l1_distance += rescale(change, self.settings.coefficients)
         self.previous_modulated_input, self.observed_branch = modulated_input, branch
 
     def measure_curvature(self):
-        """After a computed step: from the largest error of its extrapolations, at least 0.8 of what it was."""
+        """After a computed step: the largest error over the square of the gap. It falls by a fifth at most."""
         errors = [branch.error for branch in self.branches if branch.error is not None]
         if self.schedule[-1] and errors:
             t1, t2 = [t for t, computed in zip(self.timesteps, self.schedule) if computed][-2:]
@@ -492,7 +496,7 @@ class TeaCacheState:
             self.curvature = max(error / (t2 - t1) ** 2, 0.8 * self.curvature)
 
     def end_call(self, branch, residual, output):
-        """Keep what a skipped step will use, at the end of a call: an interrupted one leaves its branch as it was."""
+        """Keep what a skipped step will use. At the end of a call, so that an interrupted one leaves nothing."""
         if self.rule is by_threshold:
             branch.previous_residual = residual
         elif self.extrapolates:
@@ -508,22 +512,23 @@ class Corrector:
     A skipped step uses a guessed velocity. At the next computed step the true one is known, so those of the skipped
     steps can be interpolated, and the difference is made up for. With sigmas s, and the skipped steps j,
 
-        latents += sum of (s[j+1] - s[j]) (interpolated(s[j]) - used[j]) / (1 + TRUST e)
+        latents += sum of (s[j+1] - s[j]) (interpolated(s[j]) - used[j]) / (1 + CAUTION e)
 
-    e is the relative error of the extrapolation at the computed step: where it is large, the true velocity was taken
-    at the wrong place. The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867), and for
-    caches in PrediT (arXiv 2602.18093). Here it acts on the latents, after guidance, however the steps were skipped.
+    e is the relative error of the extrapolation at the computed step: where it is large, the latents have drifted, and
+    the velocity computed there says less about the skipped steps. The idea is that of the corrector of a multistep
+    method, as in UniPC (arXiv 2302.04867), and for caches in PrediT (arXiv 2602.18093). Here it acts on the latents,
+    after guidance, however the steps were skipped.
     """
 
     def __init__(self):
         self.computed = []  # (sigma, velocity) of the last two computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
-        self.calls = None  # of the network in the last step: guidance, or none
-        self.latents = None  # as the last step left them,
-        self.version = None  # before anybody wrote into them
+        self.latents = None  # that the last step returned
+        self.writes = None  # into these latents, at that time
+        self.calls = None  # of the network in the last step
 
-    def correct(self, latents, velocity, sigma, next_sigma, is_computed):
-        """The latents after a step that was computed, or skipped."""
+    def correct(self, latents, velocity, sigma, next_sigma, is_computed, calls):
+        """The latents after a step that was computed, or skipped, by this number of calls of the network."""
         velocity = velocity.to(torch.float32, copy=True)
         if is_computed:
             latents = (latents + self.correction(sigma, velocity)).to(latents.dtype)
@@ -532,11 +537,11 @@ class Corrector:
             self.skipped = []
         else:
             self.skipped.append((sigma, next_sigma, velocity))
-        self.latents, self.version = latents, version_of(latents)
+        self.latents, self.writes, self.calls = latents, count_writes(latents), calls
         return latents
 
     def correction(self, sigma, velocity):
-        """The formula above; 0 if nothing was skipped. Sigmas fall, and those of a scheduler may repeat."""
+        """The formula above; 0 if nothing was skipped, or if a scheduler repeats its sigma."""
         if not self.skipped or not self.computed or sigma >= self.computed[-1][0]:
             return 0.0
         s0, v0 = self.computed[-1]
@@ -545,11 +550,11 @@ class Corrector:
             interpolated = v0 + (velocity - v0) * ((s - s0) / (sigma - s0))
             total = total + (next_s - s) * (interpolated - used)
         error = norm(extrapolate(self.computed, sigma) - velocity) / norm(velocity)
-        return total / (1 + TRUST * error)
+        return total / (1 + CAUTION * error)
 
     def continues(self, latents, calls):
-        """Whether a step goes on from the last one: with as much guidance, and with latents that nobody has replaced."""
-        if self.latents is None or calls != self.calls or version_of(self.latents) != self.version:
+        """Whether a step goes on from the last one: with as many calls, and with latents that nobody has replaced."""
+        if self.latents is None or calls != self.calls or count_writes(self.latents) != self.writes:
             return False
         return latents is self.latents or torch.equal(latents, self.latents)
 
@@ -559,8 +564,8 @@ def norm(x):
     return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
 
 
-def version_of(tensor):
-    """Grows when somebody writes into the tensor."""
+def count_writes(tensor):
+    """How often somebody wrote into a tensor. Those of torch.inference_mode do not count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -568,84 +573,95 @@ def version_of(tensor):
 
 
 class Clock:
-    """The running generation of a pipeline, as its scheduler knows it; see `follow`."""
+    """What the scheduler of a pipeline knows: the running step, and the steps to come."""
 
     def __init__(self, scheduler):
         self.scheduler = scheduler
-        self.ticks = 0  # grows whenever a step ends
-        self.remaining = []  # timesteps of the running step and of those ahead: 0 is noise, 1 the image
+        self.step_id = 0  # another number for each step of each generation
+        self.remaining = []  # timesteps of the running step and of those to come: 0 is noise, 1 the image
         self.sigmas = []  # of all steps
         self.has_restarted = False  # the timesteps were set, and the network has not been called since
-        self.cache = None  # the network's state, when it was last called
+        self.cache = None  # the state of the network, when it was last called
         self.corrector = Corrector()
-
-    @property
-    def corrects(self):
-        """Only Euler steps: they move the latents by the velocity times the difference of two sigmas."""
-        is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
-        return CORRECT and is_euler and not self.scheduler.config.get("stochastic_sampling")
 
     def restart(self):
+        """The timesteps were set."""
         length = getattr(self.scheduler.config, "num_train_timesteps", 1000)
         self.remaining = [1 - t / length for t in self.scheduler.timesteps.tolist()]
-        self.sigmas = self.scheduler.sigmas.tolist() if self.corrects else []
+        self.sigmas = self.scheduler.sigmas.tolist() if self.can_correct else []
         self.corrector = Corrector()
         self.has_restarted = True
-        self.ticks += 1
+        self.step_id += 1
 
     def start_at(self, timestep):
-        """The first call of a generation: image to image leaves out the steps before it."""
+        """The network is called for the first time. Image to image leaves out the steps before."""
         distances = [abs(t - timestep) for t in self.remaining]
         self.remaining = self.remaining[distances.index(min(distances)) :]
         self.has_restarted = False
 
-    def tick(self):
+    def is_at(self, timestep):
+        """Whether this is the timestep of the running step, and not that of a loop with another scheduler."""
+        if not self.remaining:
+            return False
+        distances = [abs(t - timestep) for t in self.remaining]
+        return distances[0] == min(distances) and distances[0] < 0.002  # which is what bfloat16 rounds by
+
+    def end_step(self):
+        """The scheduler has stepped."""
         self.remaining = self.remaining[1:]
-        self.ticks += 1
+        self.step_id += 1
+        if not self.remaining:
+            self.corrector = Corrector()  # frees its tensors
 
-    def shows(self, timestep):
-        """Whether a call at this timestep is of the running step, and not of a loop with another scheduler."""
-        nearest = min(self.remaining, key=lambda t: abs(t - timestep), default=math.inf)
-        return abs(nearest - timestep) < 0.002 and nearest == self.remaining[0]  # bfloat16 rounds by 0.002
+    @property
+    def can_correct(self):
+        """Only Euler steps: they move the latents by the velocity times the difference of two sigmas."""
+        is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
+        return CORRECT and is_euler and not self.scheduler.config.get("stochastic_sampling")
 
-    def correct(self, result, model_output, timestep, sample, *args, **kwargs):
+    def corrected(self, result, model_output, timestep, sample, *args, **kwargs):
         """What `scheduler.step` returned for these arguments, with the latents corrected."""
-        if self.cache is None or self.cache.ticks != self.ticks:  # TeaCache has not seen this step
+        cache = self.cache
+        if cache is None or cache.step_id != self.step_id:  # TeaCache has not seen this step
             self.corrector = Corrector()
             return result
-        if not self.corrector.continues(sample, self.cache.calls):
+        if not self.corrector.continues(sample, cache.calls):
             self.corrector = Corrector()
-        self.corrector.calls = self.cache.calls
-        sigma, next_sigma = self.sigmas[self.scheduler.step_index - 1 :][:2]
-        latents = self.corrector.correct(result[0], model_output, sigma, next_sigma, self.cache.schedule[-1])
+        i = self.scheduler.step_index - 1  # it has stepped already
+        step = model_output, self.sigmas[i], self.sigmas[i + 1], cache.schedule[-1], cache.calls
+        latents = self.corrector.correct(result[0], *step)
         return (latents, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=latents)
 
 
-def set_timesteps_and_restart(clock, stock, *args, **kwargs):
+def set_timesteps(clock, stock, *args, **kwargs):
     result = stock(*args, **kwargs)
     clock.restart()
     return result
 
 
-def step_and_tick(clock, stock, *args, **kwargs):
+def step(clock, stock, *args, **kwargs):
     result = stock(*args, **kwargs)
-    if clock.corrects:
-        result = clock.correct(result, *args, **kwargs)
-    clock.tick()
+    if clock.can_correct and clock.sigmas:
+        result = clock.corrected(result, *args, **kwargs)
+    clock.end_step()
     return result
 
 
 def follow(scheduler):
-    """Wrap two methods of this scheduler object, of which pipelines read the signatures. Returns the clock they move."""
+    """Wrap `set_timesteps` and `step` of this scheduler object, and return the clock that they move.
+
+    They keep their signatures, which pipelines inspect.
+    """
     clock = Clock(scheduler)
-    for name, wrapper in (("set_timesteps", set_timesteps_and_restart), ("step", step_and_tick)):
-        stock = getattr(scheduler, name)
-        setattr(scheduler, name, functools.update_wrapper(functools.partial(wrapper, clock, stock), stock))
+    for wrapper in (set_timesteps, step):
+        stock = getattr(scheduler, wrapper.__name__)
+        wrapped = functools.update_wrapper(functools.partial(wrapper, clock, stock), stock)
+        setattr(scheduler, wrapper.__name__, wrapped)
     return clock
 
 
 def unfollow(clock):
-    """Restore the methods. If somebody has wrapped them again, the clock runs on, and nobody reads it."""
+    """Restore the two methods. If somebody has wrapped them since, ours stay inside, and nobody reads the clock."""
     for name in ("set_timesteps", "step"):
         wrapper = vars(clock.scheduler).get(name)
         if isinstance(wrapper, functools.partial) and wrapper.args[0] is clock:
@@ -655,59 +671,59 @@ def unfollow(clock):
                 setattr(clock.scheduler, name, stock)  # wrapped by somebody before
 
 
-def begin_call(model, timestep, conditioning, latents):
-    """The generation and the branch of this call of the network.
+def begin_call(model, timestep, conditioning, mark, latents):
+    """The generation and the branch that this call of the network belongs to.
 
-    timestep: 0 (noise) to 1. conditioning: tensors, or None, that tell the calls of one step apart; the last is one
-    object throughout a generation.
+    timestep: 0 (noise) to 1 (image). conditioning: tensors, or None, that tell the calls of a step apart. mark: one of
+    them that is the same object throughout a generation.
     """
     layout = latents.shape, latents.dtype, latents.device
     if torch.is_grad_enabled() or not getattr(model, "enable_teacache", False):
         cache = model.teacache = TeaCacheState()  # what was cached before this step would be too old after it
-        return cache, Branch(conditioning, layout, step=None)
-    clock = vars(model).get("teacache_clock")
-    cache = find_generation(model, clock, timestep, conditioning, layout)
-    settings = read_settings(model)
-    if clock is not None and clock.shows(timestep):
-        if cache.ticks != clock.ticks:
-            cache.begin_step(timestep, len(cache.timesteps) + len(clock.remaining), settings, clock.ticks)
-    elif not cache.timesteps or timestep != cache.timesteps[-1]:
+        return cache, Branch(conditioning, mark, layout, step=None)
+    if "teacache" not in vars(model):
+        model.teacache = TeaCacheState()
+    cache, clock, settings = model.teacache, vars(model).get("teacache_clock"), read_settings(model)
+    watch_threads(cache)
+
+    # another generation?
+    is_new = clock is not None and clock.has_restarted
+    if is_new:
+        clock.start_at(timestep)
+    in_pipeline = clock is not None and clock.is_at(timestep)
+    if not is_new and not in_pipeline and cache.is_over(timestep, conditioning, mark, layout):
+        warn_of_steps(cache, timestep)
+        is_new = True
+    if is_new:
+        cache = model.teacache = TeaCacheState()
+
+    # another step?
+    if in_pipeline and cache.step_id != clock.step_id:
+        cache.begin_step(timestep, len(cache.timesteps) + len(clock.remaining), settings, clock.step_id)
+    elif not in_pipeline and timestep not in cache.timesteps[-1:]:
         cache.begin_step(timestep, settings.num_steps, settings)
     cache.calls += 1
     if clock is not None:
         clock.cache = cache
-    return cache, cache.find_branch(conditioning, layout)
-
-
-def find_generation(model, clock, timestep, conditioning, layout):
-    """The running generation of the network, or a new one, which is then `model.teacache`."""
-    cache = vars(model).setdefault("teacache", TeaCacheState())
-    warn_of_threads(cache)
-    if clock is not None and clock.has_restarted:
-        clock.start_at(timestep)
-    elif clock is not None and clock.shows(timestep):
-        return cache
-    elif cache.is_over(timestep, conditioning, layout):
-        warn_of_steps(cache, timestep)
-    else:
-        return cache
-    model.teacache = TeaCacheState()
-    return model.teacache
+    return cache, cache.find_branch(conditioning, mark, layout)
 
 
 def warn_of_steps(cache, timestep):
-    """Of a network alone: `num_steps` was not the number of steps."""
-    too_many = cache.is_last_step and timestep > cache.timesteps[-1]
-    if too_many or not cache.is_last_step:
-        ran = f"the last generation ran {len(cache.timesteps) + too_many} steps"
-        warnings.warn(f"TeaCache: {ran}, num_steps is {cache.num_steps} (or interrupted)", stacklevel=4)
+    """Without a pipeline, only `num_steps` tells which step is the last."""
+    if not cache.is_last_step:
+        ran = f"the last generation ran {len(cache.timesteps)} of {cache.num_steps} steps (or was interrupted)"
+    elif timestep > cache.timesteps[-1]:
+        ran = f"there are more steps than num_steps, {cache.num_steps}"
+    else:
+        return
+    warnings.warn(f"TeaCache: {ran}: set num_steps to num_inference_steps", stacklevel=4)
 
 
-def warn_of_threads(cache):
-    if cache.thread != threading.get_ident():
-        if cache.timesteps and not cache.is_last_step:
-            warnings.warn("TeaCache: two threads share a network; its images are wrong if both still run", stacklevel=4)
-        cache.thread = threading.get_ident()
+def watch_threads(cache):
+    """Warn if another thread is in the middle of a generation."""
+    if cache.thread != threading.get_ident() and cache.timesteps and not cache.is_last_step:
+        warnings.warn("TeaCache: two threads use one network at a time; give each its own", stacklevel=4)
+    cache.thread = threading.get_ident()
 
 
 # ---- switching on and off ----------------------------------------------------
@@ -718,11 +734,12 @@ def apply_teacache(
 ):
     """Switch TeaCache on for a pipeline, or for its network alone, before or after offloading is enabled.
 
-    model: with a pipeline, its scheduler tells where an image begins and how many steps it has (the scheduler that it
-    has now; one that is put in later is not followed). With the network alone, the calls must tell: then `num_steps`
-    must be `num_inference_steps`, and an image that was stopped in its first step must not be the last.
-    rel_l1_thresh, computed_steps (a number, or a list of steps), tolerance: at most one of them; the default is the
-    constants above.
+    model: with a pipeline, its scheduler tells where a generation begins and how many steps it has, from the next time
+    that its timesteps are set (a scheduler that is put in later is not followed), and skipped steps are corrected. With
+    the network alone, a generation begins where the timestep starts over: `num_steps` must be the number of steps, and
+    after a generation that was stopped in its first step TeaCache must be applied again.
+    num_steps: for the network alone.
+    rel_l1_thresh, computed_steps (a number, or a list of steps), tolerance: at most one; the default is the constants.
     coefficients: of the polynomial for rel_l1_thresh, highest power first.
 
     A network draws one image (or batch) at a time, unless several take turns in each step: threads need one each.
@@ -751,24 +768,26 @@ def remove_teacache(model):
     network = find_network(model)
     if "teacache_clock" in vars(network):
         unfollow(network.teacache_clock)
-    found = [(holder, name) for holder, name in forward_slots(network) if is_teacache(vars(holder).get(name))]
-    for holder, name in found:
+    slots = [(holder, name) for holder, name in forward_slots(network) if is_teacache(vars(holder).get(name))]
+    for holder, name in slots:
         setattr(holder, name, MethodType(type(network).forward, network))
-    if (network, "forward") in found:
+    if (network, "forward") in slots:
         del network.forward  # the class has it
-    is_wrapped = "enable_teacache" in vars(network) and not found and "forward" in vars(network)
-    for name in (*Settings._fields, "enable_teacache", "teacache", "teacache_clock"):
+    was_applied = "enable_teacache" in vars(network) or "teacache_is_wrapped" in vars(network)
+    for name in (*Settings._fields, "enable_teacache", "teacache", "teacache_clock", "teacache_is_wrapped"):
         vars(network).pop(name, None)
-    if is_wrapped:
-        network.enable_teacache = False  # a wrapper of somebody else holds our forward: it computes every step now
+    if was_applied and not slots and "forward" in vars(network):
+        network.teacache_is_wrapped = True  # in a wrapper of somebody else's: it computes every step from now on
     return model
 
 
 def find_network(model):
-    """The network of a pipeline, or the network itself. What it is shows in the parameters of its forward."""
+    """The network of a pipeline, or the network itself. Its forward has the parameters of ours."""
     network = model if isinstance(model, torch.nn.Module) else getattr(model, NETWORK, None)
-    stock = getattr(type(network), "forward", lambda: None)
-    if not set(inspect.signature(teacache_forward).parameters) <= set(inspect.signature(stock).parameters):
+    ours = inspect.signature(teacache_forward).parameters
+    if not isinstance(network, torch.nn.Module) or not set(ours) <= set(
+        inspect.signature(type(network).forward).parameters
+    ):
         name = type(model if network is None else network).__name__
         raise ValueError(
             f"TeaCache is for a pipeline or its {NETWORK}, as it was loaded, not for {name} "
@@ -793,8 +812,7 @@ def put_forward(network):
         slots = [(network, "forward")]
     for holder, name in slots:
         setattr(holder, name, functools.partial(teacache_forward, network))  # unlike a bound method, it can be pickled
-    is_wrapped = "enable_teacache" in vars(network)  # see remove_teacache
-    if not slots and not is_wrapped:
+    if not slots and "teacache_is_wrapped" not in vars(network):
         raise ValueError(f"the forward of this {type(network).__name__} was replaced: apply TeaCache before that")
 
 
@@ -828,12 +846,12 @@ def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, tole
         raise ValueError("rel_l1_thresh and tolerance must be numbers of at least 0; 0 skips nothing")
     if isinstance(computed_steps, (list, tuple)):
         check_plan(computed_steps, num_steps)
-    elif computed_steps is not None and num_steps is None and (not computed_steps >= 1 or computed_steps % 1):
-        raise ValueError(f"computed_steps must be a whole number of at least 1, not {computed_steps}")
+    elif computed_steps is not None and num_steps is None and (not computed_steps >= 2 or computed_steps % 1):
+        raise ValueError(f"computed_steps must be a whole number of at least 2, not {computed_steps}")
     elif computed_steps is not None and num_steps is not None:
         if computed_steps not in range(min(2, num_steps), num_steps + 1):
             raise ValueError(f"computed_steps must be 2 to {num_steps}, the number of steps, not {computed_steps}")
-    if coefficients is not None and not np.isfinite(coefficients).all():
+    if coefficients is not None and not (len(coefficients) and all(math.isfinite(c) for c in coefficients)):
         raise ValueError(f"coefficients must be finite numbers, not {coefficients}")
 
 

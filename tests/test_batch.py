@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import sys
+from argparse import Namespace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -139,6 +142,7 @@ def test_other_settings_are_an_error(here, drawn, capsys, monkeypatch, flags, ot
         ("REL_L1_THRESH", 0.2, "rel_l1_thresh"),
         ("COMPUTED_STEPS", 3, "computed_steps"),
         ("COEFFICIENTS", [1.0, 0.0], "coefficients"),
+        ("CORRECT", False, "correct"),
     ],
 )
 def test_an_edited_constant_is_another_setting(here, drawn, capsys, monkeypatch, constant, value, other):
@@ -149,7 +153,7 @@ def test_an_edited_constant_is_another_setting(here, drawn, capsys, monkeypatch,
     monkeypatch.setattr(teacache_lumina2, constant, value)
     assert run(output="plain") == 2
     assert re.search(rf"exists with different .*{other}", capsys.readouterr().err)
-    assert run(*limit) == (2 if constant == "COEFFICIENTS" else 0)
+    assert run(*limit) == (2 if constant in ("COEFFICIENTS", "CORRECT") else 0)
 
 
 def test_one_that_fails_and_the_rest_goes_on(here, drawn, monkeypatch, capsys):
@@ -180,12 +184,50 @@ def test_one_that_fails_and_the_rest_goes_on(here, drawn, monkeypatch, capsys):
 
 def test_flash(here, drawn, monkeypatch):
     """--attention reaches the transformer."""
-    from TeaCache4LuminaT2X import attention_lumina2
-
     used = []
     teacache_lumina2.load_pipeline(None).transformer = "the transformer"
-    monkeypatch.setattr(attention_lumina2, "use_flash_attention", used.append)
+    monkeypatch.setattr(batch_lumina2, "find_flash_attention", lambda args: used.append)
     assert run("--attention", "flash") == 0 and used == ["the transformer"]
+
+
+def test_flash_that_cannot_run(here, drawn, monkeypatch, capsys):
+    """Without flash-attn, or where it cannot be used: before loading."""
+    from TeaCache4LuminaT2X.attention_lumina2 import use_flash_attention
+
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    assert run("--attention", "flash") == 2 and not drawn and not os.path.exists("out")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "pip install flash-attn" in error
+
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    assert run("--attention", "flash") == 2 and "needs a CUDA GPU" in capsys.readouterr().err
+    for device, dtype, fits in (("cuda", "float32", False), ("mps", "float16", False), ("cuda:1", "float16", True)):
+        args = Namespace(device=device, dtype=dtype)
+        if fits:
+            assert batch_lumina2.find_flash_attention(args) is use_flash_attention
+        else:
+            with pytest.raises(ValueError, match="bfloat16 or float16"):
+                batch_lumina2.find_flash_attention(args)
+
+
+def test_the_last_seed(here, drawn, capsys):
+    assert run("--seed", str(2**64 - 3)) == 0 and drawn[-1][1] == 2**64 - 1
+    assert run("--seed", str(2**64 - 2), output="more") == 2 and "seed" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written(here, drawn, monkeypatch, capsys):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(batch_lumina2.tempfile, "TemporaryFile", refuse)
+    assert run() == 2 and not drawn
+    assert "--output-dir out cannot be written (Permission denied): give another folder" in capsys.readouterr().err
+
+
+def test_the_working_directory_need_not_be_writable(here, drawn, monkeypatch):
+    """Only --output-dir is."""
+    monkeypatch.setattr(teacache_lumina2, "check_output", lambda *_: pytest.fail("looked at"))
+    assert run() == 0
 
 
 @pytest.mark.parametrize(
@@ -193,7 +235,8 @@ def test_flash(here, drawn, monkeypatch):
     [
         ("none.txt", "out", "none.txt"),
         ("empty.txt", "out", "empty.txt is empty; expected one prompt per line"),
-        ("latin.txt", "out", "utf-8"),
+        ("latin.txt", "out", "latin.txt is not UTF-8 text"),
+        ("wide.txt", "out", "wide.txt is not UTF-8 text"),
         ("prompts.txt", "empty.txt", "empty.txt"),
         ("prompts.txt", "empty.txt/below", "empty.txt"),
     ],
@@ -201,6 +244,7 @@ def test_flash(here, drawn, monkeypatch):
 def test_bad_input(here, monkeypatch, capsys, file, output, says):
     (here / "empty.txt").write_text(" \n\n")
     (here / "latin.txt").write_bytes("café".encode("latin-1"))
+    (here / "wide.txt").write_text("fox", encoding="utf-16")
     before = sorted(os.listdir())
     monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: pytest.fail("loading began"))
     assert run(prompts=file, output=output) == 2

@@ -15,13 +15,14 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
 from lumina_models import tiny_model
 from PIL import Image
 
-from TeaCache4LuminaT2X import batch_lumina2, calibrate_lumina2, compare_lumina2, teacache_lumina2
+from TeaCache4LuminaT2X import batch_lumina2, compare_lumina2, plan_lumina2, teacache_lumina2
 from TeaCache4LuminaT2X.teacache_lumina2 import generate, load_pipeline, main, parse_args
 
 FOLDER = ROOT / "TeaCache4LuminaT2X"
 MODEL = ["--model", str(BUNDLED)]
 FAST = [*MODEL, "--num-inference-steps", "3"]
 LIMITS = "rel_l1_thresh", "computed_steps", "tolerance"
+WEIGHTS = str(BUNDLED / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 class Fake:
@@ -35,6 +36,10 @@ class Fake:
         self.calls.append(kwargs)
         self.transformer.teacache = SimpleNamespace(schedule=[True, False, True])
         return SimpleNamespace(images=[Image.new("RGB", (32, 16), "red")])
+
+
+def underscores(match):
+    return "--" + match[0][2:].replace("-", "_")
 
 
 @pytest.fixture
@@ -66,16 +71,77 @@ def test_defaults(fake, tmp_path, monkeypatch, capsys):
     assert (args.model, args.device, args.dtype, args.offload) == (str(BUNDLED), "cpu", "float32", "none")
     note, saved = capsys.readouterr().out.splitlines()
     assert "bundled" in note and "--model Alpha-VLLM/Lumina-Image-2.0" in note
-    assert re.fullmatch(r"saved teacache_lumina2_output.png: [\d.]+ s, 2 of 3 steps computed", saved)
+    used = r"2 of 3 steps computed \(computed_steps 7\), seed 1024"
+    assert re.fullmatch(rf"saved teacache_lumina2_output.png: [\d.]+ s, {used}", saved)
     assert [p.name for p in tmp_path.iterdir()] == ["teacache_lumina2_output.png"]
 
 
+def test_nothing_is_overwritten(fake, tmp_path, monkeypatch, capsys):
+    """The default name gets the next free number, and another one if it was taken while the image was drawn."""
+    monkeypatch.chdir(tmp_path)
+    name = "teacache_lumina2_output{}.png".format
+    for file in (name(""), name("_3")):
+        (tmp_path / file).write_text("mine")
+    main(["--rel-l1-thresh", "0.25", "--seed", "7"])
+    assert f"saved {name('_2')}" in (out := capsys.readouterr().out)
+    assert "(rel_l1_thresh 0.25), seed 7" in out
+    monkeypatch.setattr(Fake, "__call__", taking(Fake.__call__, tmp_path / name("_4")))
+    main([])
+    assert f"saved {name('_4_2')}" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} == {name(n) for n in ("", "_2", "_3", "_4", "_4_2")}
+    assert [(tmp_path / name(n)).read_text() for n in ("", "_3", "_4")] == ["mine"] * 3
+
+
+def taking(call, path):
+    def draw(self, **kwargs):
+        path.write_text("mine")
+        return call(self, **kwargs)
+
+    return draw
+
+
+def test_an_interruption_leaves_nothing(fake, tmp_path, monkeypatch):
+    def half(self, file, **_):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--output", str(tmp_path / "x.png")])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name, kind", [("A.PNG", "PNG"), ("a.jpeg", "JPEG"), ("a.JPG", "JPEG"), ("a.webp", "WEBP")])
+def test_kinds_of_pictures(fake, tmp_path, name, kind):
+    main(["--output", str(tmp_path / name)])
+    with Image.open(tmp_path / name) as image:
+        assert image.format == kind
+
+
+@pytest.mark.parametrize(
+    "flags, warns",
+    [
+        (["--computed-steps", "4"], True),
+        (["--computed-steps", "5"], False),
+        (["--computed-steps", "4", "--num-inference-steps", "4"], False),  # nothing is skipped
+        (["--rel-l1-thresh", "0.3", "--num-inference-steps", "8"], False),
+    ],
+)
+def test_few_steps(fake, tmp_path, capsys, flags, warns):
+    main([*flags, "--output", str(tmp_path / "x.png")])
+    error = capsys.readouterr().err
+    assert error.count("\n") == warns and ("--num-inference-steps 4 --rel-l1-thresh 0" in error) == warns
+
+
+@pytest.mark.parametrize("spell", [str, lambda word: re.sub(r"^--.*", underscores, word)], ids=["-", "_"])
 @pytest.mark.parametrize("cache", [("--rel-l1-thresh", "0.4"), ("--computed-steps", "5"), ("--tolerance", "0")])
-def test_every_flag_arrives(fake, tmp_path, cache):
+def test_every_flag_arrives(fake, tmp_path, cache, spell):
+    """Spelled with hyphens or underscores."""
     path = tmp_path / "out.jpg"
     flags = "--negative-prompt blue --height 96 --width 160 --guidance-scale 3 --cfg-trunc-ratio 0.5 --seed 5"
-    flags += " --prompt fox --num-inference-steps 8 --dtype bfloat16 --offload model --transformer t.safetensors"
-    main([*MODEL, *flags.split(), *cache, "--output", str(path)])
+    flags += f" --prompt fox --num-inference-steps 8 --dtype bfloat16 --offload model --transformer {WEIGHTS}"
+    words = [*MODEL, *flags.split(), *cache, "--output", str(path)]
+    main([spell(word) for word in words])
     (call,) = fake.calls
     generator = call.pop("generator")
     assert generator.initial_seed() == 5 and generator.device.type == "cpu"
@@ -85,7 +151,7 @@ def test_every_flag_arrives(fake, tmp_path, cache):
     limits = {f"--{name.replace('_', '-')}": getattr(model, name) for name in LIMITS}
     assert limits.pop(cache[0]) == value and set(limits.values()) == {None}
     args = fake.args
-    assert (args.dtype, args.offload, args.transformer) == ("bfloat16", "model", "t.safetensors")
+    assert (args.dtype, args.offload, args.transformer) == ("bfloat16", "model", WEIGHTS)
     with Image.open(path) as image:
         assert image.size == (32, 16) and image.format == "JPEG"
 
@@ -98,36 +164,91 @@ BAD = {
     "one computed step": (["--computed-steps", "1"], "must be 2 to 30"),
     "more computed steps than steps": (["--num-inference-steps", "8", "--computed-steps", "9"], "must be 2 to 8"),
     "both": (["--computed-steps", "9", "--rel-l1-thresh", "0"], "only one of"),
-    "height": (["--height", "100"], "multiples of 16"),
-    "negative width": (["--width", "-16"], "multiples of 16"),
+    "height": (["--height", "100"], "--height must be a multiple of 16, at most 1024"),
+    "negative width": (["--width", "-16"], "--width must be a multiple of 16"),
+    "beyond the rotary tables": (["--height", "2048", "--width", "128"], "at most 1024 for this model, not 2048"),
+    "wide beyond the rotary tables": (["--height", "128", "--width", "1040"], "--width must be"),
+    "a seed of 20 digits": (["--seed", "99999999999999999999"], "at most 18446744073709551615"),
+    "no guidance": (["--guidance-scale", "nan"], "finite"),
     "no such folder": (["--model", "{tmp}/none"], "none"),
     "an empty folder": (["--model", "{tmp}/empty"], "empty"),
     "another pipeline": (["--model", "{tmp}/flux"], "is a FluxPipeline: give a Lumina2Pipeline"),
     "a broken folder": (["--model", "{tmp}/broken"], "broken"),
-    "output without a folder": (["--output", "{tmp}/no/picture.png"], "an existing folder"),
+    "output without a folder": (["--output", "{tmp}/no/picture.png"], "cannot be written (No such file"),
+    "output in a file": (["--output", "{tmp}/flux/model_index.json/picture.png"], "cannot be written (Not a directory"),
+    "output with a long name": (["--output", "{tmp}/" + 300 * "x" + ".png"], "cannot be written (File name too long"),
     "output of no kind": (["--output", "{tmp}/picture.txt"], "must end in .png"),
+    "output that exists": (["--output", "{tmp}/mine.webp"], "mine.webp exists: give another name"),
+    "no transformer": (["--transformer", "{tmp}/none.safetensors"], "none.safetensors: no such file"),
+    "half a transformer": (["--transformer", "{tmp}/half.safetensors"], "cannot be read as a checkpoint"),
+    "a pointer of git-lfs": (["--transformer", "{tmp}/pointer.safetensors"], "cannot be read as a checkpoint"),
+    "no pickle": (["--transformer", "{tmp}/pointer.ckpt"], "cannot be read as a checkpoint"),
+    "GGUF": (["--transformer", "{tmp}/model.gguf"], "is a GGUF file: give a .safetensors file"),
+    "GGUF by another name": (["--transformer", "{tmp}/gguf.safetensors"], "is a GGUF file"),
+    "another network": (["--transformer", "{tmp}/vae.safetensors"], "does not fit --model"),
+    "some weights": (["--transformer", "{tmp}/some.safetensors"], "1 of 249 weights are missing or of another size"),
+    "another width": (["--transformer", "{tmp}/wide.safetensors"], "249 of 249 weights are missing"),
     "unknown flag": (["--treshold", "1"], "--treshold"),
     "unknown dtype": (["--dtype", "int8"], "int8"),
     "unknown offload": (["--offload", "all"], "all"),
 }
 
 
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    """A folder with models, checkpoints and a picture that cannot be used."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("bad")
+    for name, text in {"empty": None, "flux": '{"_class_name": "FluxPipeline"}', "broken": "version https://"}.items():
+        (folder / name).mkdir()
+        if text:
+            (folder / name / "model_index.json").write_text(text)
+    weights = load_file(WEIGHTS)
+    (folder / "half.safetensors").write_bytes(open(WEIGHTS, "rb").read(100_000))
+    for name in ("pointer.safetensors", "pointer.ckpt", "mine.webp"):
+        (folder / name).write_text("version https://git-lfs.github.com/spec/v1\n")
+    for name in ("model.gguf", "gguf.safetensors"):
+        (folder / name).write_bytes(b"GGUF\x03\x00\x00\x00")
+    shutil.copy(BUNDLED / "vae" / "diffusion_pytorch_model.safetensors", folder / "vae.safetensors")
+    weights.pop("x_embedder.bias")
+    save_file(weights, folder / "some.safetensors")
+    save_file({"layers.0.attention.qkv.weight": torch.zeros(320, 192)}, folder / "wide.safetensors")
+    return folder
+
+
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_before_loading(case, tmp_path, capsys, monkeypatch):
+def test_bad_input_is_one_line_before_loading(case, bad_files, capsys, monkeypatch):
+    """It mentions --help; nothing is written."""
     monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: pytest.fail("loading began"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name, text in {"empty": None, "flux": '{"_class_name": "FluxPipeline"}', "broken": "version https://"}.items():
-        (tmp_path / name).mkdir()
-        if text:
-            (tmp_path / name / "model_index.json").write_text(text)
+    before = sorted(bad_files.rglob("*"))
     flags, word = BAD[case]
-    flags = [f.replace("{tmp}", str(tmp_path)) for f in flags]
     with pytest.raises(SystemExit) as exit:
-        main([*([] if "--model" in flags else MODEL), *flags])
+        main([flag.replace("{tmp}", str(bad_files)) for flag in flags])
     captured = capsys.readouterr()
     assert exit.value.code == 2 and captured.out == ""
-    assert len(captured.err.splitlines()) == 1 and word in captured.err
-    assert sorted(p.name for p in tmp_path.rglob("*.*")) == ["model_index.json"] * 2
+    assert len(captured.err.splitlines()) == 1 and word in captured.err and "--help" in captured.err
+    assert sorted(bad_files.rglob("*")) == before
+
+
+def test_the_largest_seed_and_size(tmp_path):
+    flags = ["--seed", str(2**64 - 1), "--height", "1024", "--width", "16", "--output", str(tmp_path / "x.png")]
+    assert torch.Generator().manual_seed(parse_args(flags).seed) and not list(tmp_path.iterdir())
+
+
+def test_help_ends_with_the_settings(capsys):
+    """Each line names the constant to edit and the flag, and fits a terminal."""
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    out, table = capsys.readouterr().out, teacache_lumina2.WHICH_SETTING
+    assert out.endswith(table) and max(map(len, table.splitlines())) <= 80
+    _, *rows = table.splitlines()
+    assert len(rows) == len(LIMITS)
+    for row, limit in zip(rows, LIMITS):
+        constant, value, flag = re.search(r"([A-Z]\w+) = ([\d.]+) +(--\S+ [\d.]+) ", row).groups()
+        assert constant == limit.upper() and hasattr(teacache_lumina2, constant)
+        assert getattr(parse_args(flag.split()), limit) == float(value)
 
 
 def test_few_flags(capsys):
@@ -156,16 +277,22 @@ def test_it_draws_what_the_plain_pipeline_does(pipeline):
     assert not np.array_equal(ours, expected) and schedule == [True, False, True]
 
 
-def test_dtype_and_single_file_transformer(tmp_path):
-    """The checkpoint of the file is what is loaded."""
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("name", ["other.safetensors", "other.pth"])
+def test_dtype_and_single_file_transformer(tmp_path, prefix, name):
+    """The checkpoint of the file is what is loaded: alone, or with a prefix beside other models, as for ComfyUI."""
     from safetensors.torch import load_file, save_file
 
-    weights = load_file(BUNDLED / "transformer" / "diffusion_pytorch_model.safetensors")
+    weights = load_file(WEIGHTS)
     weights["norm_out.linear_2.weight"] = torch.zeros_like(weights["norm_out.linear_2.weight"])
-    save_file(weights, tmp_path / "other.safetensors")
-    flags = ["--transformer", str(tmp_path / "other.safetensors"), "--dtype", "bfloat16"]
+    weights = {prefix + key: weight for key, weight in weights.items()}
+    weights |= {"vae.decoder.conv_in.weight": torch.zeros(1)} if prefix else {}
+    (save_file if name.endswith("safetensors") else torch.save)(weights, tmp_path / name)
+    flags = ["--transformer", str(tmp_path / name), "--dtype", "bfloat16"]
     pipeline = load_pipeline(parse_args([*FAST, *flags]))
     assert not pipeline.transformer.norm_out.linear_2.weight.any()
+    expected = load_file(WEIGHTS)["x_embedder.weight"].bfloat16()
+    assert torch.equal(pipeline.transformer.x_embedder.weight, expected)
     assert {pipeline.transformer.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.bfloat16}
 
 
@@ -245,14 +372,15 @@ def test_recipes(tmp_path, monkeypatch):
         ("teacache", ["--computed-steps", "2", "--output", "x.png"], "saved x.png"),
         ("compare", ["--computed-steps", "2", "--rel-l1-thresh", "--output", "x.png"], "saved x.png"),
         ("batch", ["prompts.txt", "--output-dir", "out"], "1 of 1 images are in out"),
-        ("calibrate", ["prompts.txt"], "COEFFICIENTS = ["),
+        ("plan", ["prompts.txt", "--computed-steps", "2"], "planned X.X"),
     ],
 )
 def test_a_file_copied_alone(name, arguments, says, tmp_path):
     """Into an empty folder; a tool with its script beside it."""
     for file in {"teacache_lumina2.py", f"{name}_lumina2.py"}:
         shutil.copy(FOLDER / file, tmp_path)
-    (tmp_path / "prompts.txt").write_text("red apple\n")
+    prompts = "red apple\nfox\ncat\npizza\ncactus\nheart\nviolin\nrocket\n" if name == "plan" else "red apple\n"
+    (tmp_path / "prompts.txt").write_text(prompts)
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, f"{name}_lumina2.py"]
     run = subprocess.run([*command, *FAST, *arguments], capture_output=True, text=True, cwd=tmp_path, env=env)
@@ -262,7 +390,7 @@ def test_a_file_copied_alone(name, arguments, says, tmp_path):
             assert image.width >= 128
 
 
-@pytest.mark.parametrize("tool", [batch_lumina2, calibrate_lumina2, compare_lumina2], ids=lambda tool: tool.__name__)
+@pytest.mark.parametrize("tool", [batch_lumina2, compare_lumina2, plan_lumina2], ids=lambda tool: tool.__name__)
 def test_tools_take_the_flags_of_the_script(tool, tmp_path, monkeypatch, capsys):
     """And its errors: one line, nothing written."""
     monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: pytest.fail("loading began"))
@@ -270,7 +398,7 @@ def test_tools_take_the_flags_of_the_script(tool, tmp_path, monkeypatch, capsys)
     (tmp_path / "prompts.txt").write_text("red apple\n")
     files = [] if tool is compare_lumina2 else ["prompts.txt"]
     for flags, says in [
-        (["--height", "100"], "multiples of 16"),
+        (["--height", "100"], "a multiple of 16"),
         (["--num-inference-steps", "0"], "number of steps"),
         (["--model", "nowhere/at/all"], "nowhere"),
         (["--rel-l1-thresh", "nan"], "rel_l1_thresh"),

@@ -1,4 +1,4 @@
-"""compare_lumina2.py: columns, strip, table, JSON line."""
+"""compare_lumina2.py: columns, strip, table, JSON file."""
 
 import json
 import math
@@ -78,16 +78,16 @@ def test_strip(size):
 
 
 def test_command(tmp_path, capsys, monkeypatch):
-    """The original is the plain pipeline's picture; figures of strip, table and JSON line are the same."""
+    """The original is the plain pipeline's picture; figures of strip, table and JSON file are the same."""
     drawn, draw_strip = [], compare_lumina2.strip
-    monkeypatch.setattr(compare_lumina2, "strip", lambda rows: drawn.extend(rows) or draw_strip(rows))
-    flags = ["--prompt", "red apple", "fox", "--rel-l1-thresh", "1e-9", "--computed-steps", "2", "3/5"]
-    main([*FAST, *flags, "--output", str(tmp_path / "strip.png")])
-    saved, *lines, last = capsys.readouterr().out.splitlines()
-    result = json.loads(last)
+    monkeypatch.setattr(compare_lumina2, "strip", lambda rows: drawn.append(rows) or draw_strip(rows))
+    flags = ["--prompt", "red apple", "fox" * 30, "--rel-l1-thresh", "1e-9", "--computed-steps", "2", "3/5"]
+    main([*FAST, *flags, "--repeats", "1", "--output", str(tmp_path / "strip.png")])
+    saved, *lines = capsys.readouterr().out.splitlines()
+    result = json.loads((tmp_path / "strip.json").read_text())
     runs = result["runs"]
-    assert saved == f"saved {tmp_path / 'strip.png'}"
-    assert [r["prompt"] for r in runs] == ["red apple"] * 4 + ["fox"] * 4
+    assert saved == f"saved {tmp_path / 'strip.png'} and {tmp_path / 'strip.json'}"
+    assert [r["prompt"] for r in runs] == ["red apple"] * 4 + ["fox" * 30] * 4
     assert [r["computed"] for r in runs] == [4, runs[1]["computed"], 2, 3] + [4, runs[5]["computed"], 2, 3]
     assert [r["num_inference_steps"] for r in runs] == [4, 4, 4, 5] * 2
     assert runs[0]["psnr"] is None and all(0 < r["psnr"] < 60 for r in (*runs[2:4], *runs[6:]))
@@ -96,19 +96,98 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert result["seed"] == teacache_lumina2.SEED
     assert {"model", "dtype", "machine", "torch", "diffusers", "guidance_scale"} <= result.keys()
 
-    table = [re.split(r" *\| *", line)[1:-1] for line in lines if line.startswith("|")][2:]
-    assert len(table) == 8
-    assert all(result[name] in cells[6] for cells in table for name in ("machine", "torch", "diffusers", "dtype"))
-    assert all(cells[6].startswith("lumina2-emoji, 128 x 128") for cells in table)
+    assert max(map(len, lines)) <= 80, "a terminal"
+    assert lines[-2] == "lumina2-emoji, 128 x 128, float32, median of 1"
+    for name in ("machine", "torch", "diffusers"):
+        assert result[name] in lines[-1] and "\n".join(lines).count(result[name]) == 1
+    table = [re.split(r" *\| *", line)[1:-1] for line in lines if line.startswith("| ")]
+    assert table[0] == table[5] == ["setting", "seconds", "speedup", "computed", "PSNR"] and len(table) == 10
+    table = table[1:5] + table[6:]
     for cells, r in zip(table, runs):
-        assert cells[0] == r["prompt"] and cells[2:4] == [f"{r['seconds']:.2f} s", f"{r['speedup']:.2f}x"]
-        assert cells[4] == f"{r['computed']} computed"
-        assert r["rel_l1_thresh"] != 0.0 or cells[1::4] == ["original", ""]
-        assert r["rel_l1_thresh"] is not None or cells[5] == f"{r['psnr']:.1f} dB"
-    assert [cells[1] for cells in table[:4]] == ["original", "threshold 1e-09", "2 of 4 steps", "3 of 5 steps"]
+        assert cells[1:4] == [f"{r['seconds']:.2f} s", f"{r['speedup']:.2f}x", str(r["computed"])]
+        assert r["rel_l1_thresh"] != 0.0 or cells[::4] == ["original", ""]
+        assert r["rel_l1_thresh"] is not None or cells[4] == f"{r['psnr']:.1f} dB"
+    assert [cells[0] for cells in table[:4]] == ["original", "threshold 1e-09", "2 of 4 steps", "3 of 5 steps"]
+    assert "red apple" in lines and "fox" * 25 + "f" in lines
     with Image.open(tmp_path / "strip.png") as page:
         assert page.width > 4 * 192 and page.height > 2 * 192
 
-    teacache_lumina2.main([*FAST, "--prompt", "fox", "--rel-l1-thresh", "0", "--output", str(tmp_path / "alone.png")])
+    flags = ["--prompt", "fox" * 30, "--rel-l1-thresh", "0", "--output", str(tmp_path / "alone.png")]
+    teacache_lumina2.main([*FAST, *flags])
     with Image.open(tmp_path / "alone.png") as alone:
-        assert np.array_equal(np.asarray(alone), np.asarray(drawn[1][0][0]))
+        assert np.array_equal(np.asarray(alone), np.asarray(drawn[-1][1][0][0]))
+
+
+class Fake:
+    """In place of the pipeline: keeps what its progress bars are called."""
+
+    def __init__(self):
+        self.bars = []
+
+    def set_progress_bar_config(self, desc):
+        self.bars.append(desc)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Each image takes the next of `fake.seconds`, and has another colour; None: interrupted."""
+    fake = Fake()
+
+    def generate(pipeline, args):
+        seconds = fake.seconds.pop(0)
+        if seconds is None:
+            raise KeyboardInterrupt
+        return Image.new("RGB", (32, 32), (int(20 * seconds), 0, 0)), seconds, [True] * args.num_inference_steps
+
+    monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: fake)
+    monkeypatch.setattr(teacache_lumina2, "generate", generate)
+    return fake
+
+
+def test_median_and_names_of_bars(fake, tmp_path, monkeypatch):
+    """The median of three runs by default, the picture of the first."""
+    fake.seconds = [9, 2, 7, 1, 5, 3, 1]
+    kept = []
+    monkeypatch.setattr(compare_lumina2, "write", lambda args, rows: kept.append([list(row) for row in rows]))
+    main([*FAST, "--rel-l1-thresh", "--computed-steps", "4", "--output", str(tmp_path / "x.png")])
+    runs = [f"run {i} of 3" for i in (1, 2, 3)]
+    assert fake.bars == ["warm-up", *[f"{name}, {run}" for name in ("original", "4 of 4 steps") for run in runs]]
+    assert [[len(row) for row in rows] for rows in kept] == [[1], [2]], "kept after each column"
+    ((original, base), (image, entry)) = kept[-1][0]
+    assert (base["seconds"], entry["seconds"], entry["speedup"]) == (2, 3, 2 / 3)
+    assert original.getpixel((0, 0))[0] == 40 and image.getpixel((0, 0))[0] == 100
+
+
+def test_an_interruption_keeps_the_columns_before(fake, tmp_path, monkeypatch):
+    """Under the next free name of the pair; nothing else is left."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacache_lumina2_compare.json").write_text("mine")
+    fake.seconds = [9, 2, 4, None]
+    with pytest.raises(KeyboardInterrupt):
+        main([*FAST, "--repeats", "1", "--rel-l1-thresh", "--computed-steps", "4", "3"])
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [f"teacache_lumina2_compare{end}" for end in (".json", "_2.json", "_2.png")]
+    assert (tmp_path / left[0]).read_text() == "mine"
+    assert [run["seconds"] for run in json.loads((tmp_path / left[1]).read_text())["runs"]] == [2, 4]
+    with Image.open(tmp_path / left[2]) as page:
+        assert page.width > 2 * 192
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--output", "x.png"], "x.json exists: give another name"),
+        (["--output", "none/y.png"], "none/y.png cannot be written"),
+        (["--output", "y.json"], "must end in .png"),
+    ],
+)
+def test_bad_input(tmp_path, monkeypatch, capsys, flags, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: pytest.fail("loading began"))
+    (tmp_path / "x.json").write_text("mine")
+    with pytest.raises(SystemExit) as exit:
+        main([*FAST, *flags])
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.count("\n") == 1 and says in error and "--help" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]

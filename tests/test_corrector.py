@@ -30,7 +30,7 @@ def test_by_hand(machine):
     corrector = machine.script.Corrector()
 
     def step(sigma, next_sigma, velocity, is_computed):
-        return corrector.correct(torch.zeros(1, 2), torch.tensor([[velocity, 0.0]]), sigma, next_sigma, is_computed)
+        return corrector.correct(torch.zeros(1, 2), torch.tensor([[velocity, 0.0]]), sigma, next_sigma, is_computed, 1)
 
     assert step(1.0, 0.8, 1.0, True)[0, 0] == 0 and step(0.8, 0.6, 2.0, True)[0, 0] == 0
     assert step(0.6, 0.5, 5.0, False)[0, 0] == 0 and step(0.5, 0.3, 6.0, False)[0, 0] == 0
@@ -45,7 +45,7 @@ def test_by_hand(machine):
 @pytest.mark.parametrize("way", [HOLD, BUDGET, {"computed_steps": [0, 2, 5, 7]}, {"tolerance": 1.0}], ids=str)
 def test_exact_for_a_velocity_that_changes_evenly(loop, monkeypatch, way):
     """v = a + b sigma: with full trust, skipped steps are made up for completely, however they were skipped."""
-    monkeypatch.setattr(loop.machine.script, "TRUST", 0.0)
+    monkeypatch.setattr(loop.machine.script, "CAUTION", 0.0)
     a, b = (loop.latents(seed) for seed in (5, 6))
     network, last = loop.call, None
 
@@ -99,9 +99,8 @@ def test_latents_that_a_callback_replaces(machine, how):
     """The gap is dropped; equal values are no replacement."""
     corrector, latents = machine.script.Corrector(), torch.ones(1, 2)
     velocities = [torch.tensor([[v, 1.0]]) for v in (1.0, 1.0, 3.0)]
-    corrector.calls = 1
-    latents = corrector.correct(latents, velocities[0], 1.0, 0.7, True)
-    latents = corrector.correct(latents, velocities[1], 0.7, 0.4, False)
+    latents = corrector.correct(latents, velocities[0], 1.0, 0.7, True, 1)
+    latents = corrector.correct(latents, velocities[1], 0.7, 0.4, False, 1)
     if how == "replaced":
         latents = torch.zeros(1, 2)
     if how == "written into":
@@ -140,7 +139,7 @@ def test_a_batch_is_corrected_image_by_image(machine):
     for batch in (slice(None), slice(0, 1), slice(1, 2), slice(2, 3)):
         corrector, latents = machine.script.Corrector(), torch.zeros_like(velocities[0, batch])
         for velocity, sigma, computed in zip(velocities[:, batch], (1.0, 0.7, 0.5, 0.2), (True, True, False, True)):
-            latents = corrector.correct(latents, velocity, sigma, sigma - 0.2, computed)
+            latents = corrector.correct(latents, velocity, sigma, sigma - 0.2, computed, 1)
         results.append(latents)
     assert torch.allclose(results[0], torch.cat(results[1:]), rtol=1e-6)
 
@@ -151,7 +150,7 @@ def test_sums_in_float32(machine, dtype):
     generator = torch.Generator().manual_seed(0)
     for sigma, computed in ((1.0, True), (0.9, False), (0.8, False), (0.7, True)):
         velocity = torch.randn(1, 64, generator=generator).to(dtype)
-        latents = corrector.correct(latents, velocity, sigma, sigma - 0.1, computed)
+        latents = corrector.correct(latents, velocity, sigma, sigma - 0.1, computed, 1)
         assert latents.dtype == dtype
         assert all(v.dtype == torch.float32 for *_, v in corrector.computed + corrector.skipped)
     assert latents.abs().sum() > 0
@@ -194,4 +193,4 @@ def test_guidance_that_ends(machine, monkeypatch):
     monkeypatch.setattr(machine.script.Corrector, "correction", watched)
     loop.draw()
     assert gaps == [(0, 0), (3, 2), (7, 2)], "two of the three skipped steps are on this side"
-    assert loop.model.teacache_clock.corrector.computed[0][0] < loop.scheduler.sigmas[6]
+    assert loop.model.teacache_clock.corrector.computed == [], "nothing is held after the last step"

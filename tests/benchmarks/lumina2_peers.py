@@ -262,8 +262,9 @@ def tune(passes_of, target, tries=8):
 class Measurement:
     """Rows of one table, against references that are given by name."""
 
-    def __init__(self, table, lab, shift, references, results):
+    def __init__(self, table, lab, shift, references, results, targets=(15, 10)):
         self.table, self.lab, self.shift, self.references, self.results = table, lab, shift, references, results
+        self.targets, self.found = targets, {}
         self.few = lab.select([len(lab.noise) // 2])  # for tuning
 
     def key(self, method, setting):
@@ -271,29 +272,34 @@ class Measurement:
 
     def add(self, method, setting, draw, *args, shift=None, **settings):
         """Draws with `draw(steps, shift, *args)`, a method of the lab; a setting is what a row is called."""
-        steps = settings.pop("steps", STEPS)
+        steps, note = settings.pop("steps", STEPS), settings.pop("note", None)
         key = self.key(method, setting)
         if key in self.results.rows:
             return
+        self.lab.passes = 0.0
         images = draw(steps, self.shift if shift is None else shift, *args, **settings)
         row = {"table": self.table, "method": method, "setting": str(setting), "passes": round(self.lab.passes, 2)}
+        if note is not None:
+            row["threshold"] = note
         for name, reference in self.references.items():
             row[name] = [round(dB, 2) for dB in psnr(images, reference)]
         self.results.add(key, **row)
         figures = ", ".join(f"{statistics.mean(row[name]):.1f} dB" for name in self.references)
         print(f"{self.table}: {method}, {setting}: {row['passes']:.1f} passes, {figures}", file=sys.stderr, flush=True)
 
-    def tuned(self, method, passes_of, draw_with, published=None, targets=(15, 10)):
+    def tuned(self, method, passes_of, draw_with, published=None):
         """A published threshold, and those that give about 15 and 10 passes. draw_with(threshold): for `add`."""
+        name = method.removesuffix(", corrected")
         if published is not None:
             self.add(method, published, *draw_with(published))
-        for target in targets:
-            start = self.key(method, f"about {target}")
-            if not any(key.startswith(start) for key in self.results.rows):
-                threshold = tune(passes_of, target)
-                self.add(method, f"about {target}: {threshold:g}", *draw_with(threshold))
+        for target in self.targets:
+            if self.key(method, f"about {target}") not in self.results.rows:
+                if (name, target) not in self.found:
+                    self.found[name, target] = tune(passes_of, target)
+                threshold = self.found[name, target]
+                self.add(method, f"about {target}", *draw_with(threshold), note=f"{threshold:g}")
 
-    def published_teacache(self, targets=(15, 10)):
+    def published_teacache(self):
         def passes_of(threshold):
             self.few.teacache(STEPS, self.shift, rel_l1_thresh=threshold)
             return self.few.passes
@@ -306,7 +312,7 @@ class Measurement:
                 }
                 self.add(f"TeaCache {name}{suffix}", 0.3, self.lab.teacache, corrected=corrected, **given)
             draw_with = lambda t: (functools.partial(self.lab.teacache, corrected=corrected, rel_l1_thresh=t),)  # noqa
-            self.tuned(f"TeaCache v1{suffix}", passes_of, draw_with, targets=targets)
+            self.tuned(f"TeaCache v1{suffix}", passes_of, draw_with)
 
     def ours(self, steps=STEPS, computed=(8, 10, 15), tolerances=(0.003, 0.01), both=True):
         name = "" if steps == STEPS else f" of {steps}"
@@ -347,7 +353,7 @@ class Measurement:
             return
         for calibrator in (None, "TaylorSeer", "FoCa", "DMD"):
             name = f"cache-dit, {calibrator}" if calibrator else "cache-dit"
-            for k in (15, 10):
+            for k in self.targets:
                 schedule = self.lab.schedule(STEPS, self.shift, computed_steps=k)
                 self.add(name, f"steps of computed_steps {k}", self.lab.cache_dit, calibrator, schedule)
             if own and calibrator in (None, "TaylorSeer"):
@@ -363,10 +369,11 @@ class Measurement:
                     self.add(f"{name} at shift 1", f"{n} steps", solver, steps=n, shift=1.0)
 
 
-def measure_shift(lab, shift, converged, results):
+def measure_shift(lab, shift, converged, results, targets):
     """A table in float32."""
     base = lab.euler(STEPS, shift)
-    m = Measurement(f"shift {shift:g}", lab, shift, {"uncached": base, "converged": converged}, results)
+    references = {"uncached": base, "converged": converged}
+    m = Measurement(f"shift {shift:g}", lab, shift, references, results, targets)
     for n in (STEPS, 50):
         m.add("Euler, uncached", f"{n} steps", lab.euler, steps=n)
     m.ours()
@@ -387,7 +394,7 @@ def measure_rounding(lab, shift, float32, results):
     m.ours(computed=(8, 10, 12, 15))
     for n in (15, 10):
         m.add("fewer Euler steps", f"{n} steps", lab.euler, steps=n)
-    m.published_teacache(targets=(15,))
+    m.published_teacache()
     m.peers()
     m.cache_dit(own=False)
 
@@ -471,7 +478,7 @@ def main():
         converged = lab.euler(CONVERGED, 3.0)
         print("the converged images are drawn", file=sys.stderr, flush=True)
         for shift in args.shifts:
-            base = measure_shift(lab, shift, converged, results)
+            base = measure_shift(lab, shift, converged, results, (15, 10) if shift == args.shifts[0] else (15,))
             if shift == args.shifts[0]:
                 half = Lab(load(args.model, torch.bfloat16), known + new, args.guidance_scale, args.seed)
                 measure_rounding(half, shift, base, results)

@@ -2,7 +2,7 @@
 
 The released configuration with random weights, on which the time does not depend: width 2304, 26 layers, bfloat16,
 captions of 256 and 8 tokens padded to 256. Each step is that of `Lumina2Pipeline`: two passes, guidance, scheduler.
-Prints a Markdown table of medians, the seconds of whole loops, and a JSON line.
+Writes medians and the seconds of whole loops; `render.py` makes a table of them.
 
     python tests/benchmarks/lumina2_real_size.py                   # 1024 pixels, on a GPU with 16 GB or more
     python tests/benchmarks/lumina2_real_size.py --pixels 512      # also on a CPU, with 32 GB and ten minutes
@@ -10,16 +10,13 @@ Prints a Markdown table of medians, the seconds of whole loops, and a JSON line.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 
-import diffusers
 import numpy as np
+import record
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Transformer2DModel
 
@@ -40,8 +37,7 @@ TINY = RELEASED | {"hidden_size": 192, "num_attention_heads": 6, "num_kv_heads":
 WAYS = {  # thresholds that everything and nothing reaches: all steps computed, all but first and last skipped
     "stock": None,
     "computed, threshold": {"rel_l1_thresh": 1e-12, "coefficients": [1.0]},
-    "skipped, threshold, order 0": {"rel_l1_thresh": 1e12},
-    "skipped, threshold, order 1": {"rel_l1_thresh": 1e12, "order": 1},
+    "skipped, threshold": {"rel_l1_thresh": 1e12},
     "skipped, computed_steps": {"computed_steps": 2},
     "half of the steps": {"computed_steps": None},
 }
@@ -78,6 +74,7 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="a small network, to try this script")
     parser.add_argument("--pixels", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=6, help="steps of each loop")
+    parser.add_argument("--output", type=Path, default=record.RESULTS / "lumina2_real_size.json")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -85,8 +82,10 @@ def main():
     with torch.device(device):
         model = Lumina2Transformer2DModel(in_channels=16, **(TINY if args.tiny else RELEASED)).eval()
     torch.set_default_dtype(torch.float32)
+    about = {"pixels": args.pixels, "steps": args.steps, "dtype": str(model.dtype), "weights": "random"}
+    about["parameters"] = sum(p.numel() for p in model.parameters())
+    results = record.Record(args.output, **about)
     loop(model, args.pixels, 2, device)  # warm-up
-    results = {}
     for name, settings in WAYS.items():
         remove_teacache(model)
         schedule = [True] * args.steps
@@ -97,23 +96,9 @@ def main():
         if settings is not None:
             schedule = model.teacache.schedule
         chosen = [s for s, computed in zip(seconds, schedule) if computed != name.startswith("skipped")]
-        results[name] = {"step": statistics.median(chosen), "loop": sum(seconds), "computed": sum(schedule)}
+        row = {"name": name, "step": statistics.median(chosen), "loop": sum(seconds), "computed": sum(schedule)}
+        results.add(record.slug(name), **row)
         print(f"{name}: {' '.join(f'{s:.3f}' for s in seconds)}", file=sys.stderr, flush=True)
-
-    stock = results["stock"]
-    print(f"\n{args.pixels} x {args.pixels}, {args.steps} steps\n\n| step | seconds | of stock | whole loop, speedup |")
-    print("|---|---|---|---|")
-    for name, r in results.items():
-        speedup = f"{r['computed']} computed, {stock['loop'] / r['loop']:.2f}x"
-        print(f"| {name} | {r['step']:.4f} | {r['step'] / stock['step']:.4f} | {speedup} |")
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    about = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__, "weights": "random"}
-    about |= {
-        "pixels": args.pixels,
-        "dtype": str(model.dtype),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    print(json.dumps({**about, "results": results}))
 
 
 if __name__ == "__main__":

@@ -1,29 +1,27 @@
 """Every way to make a video with fewer passes of MEMO, against two references: the uncached video and a converged one.
 
-    python tests/benchmarks/memo_peers.py                           # the bundled model, 8 voices of 3 clips, 20 and 50 steps
-    python tests/benchmarks/memo_peers.py --voices 2 --steps 20 --workers 1
+    python tests/benchmarks/memo_peers.py                           # the bundled model, 8 voices of 3 clips, 20 steps
+    python tests/benchmarks/memo_peers.py --voices 2 --workers 1
 
-Fewer Euler steps, a second-order solver, TeaCache as published and with extrapolation, a number of computed steps, and a
-tolerance. References: the uncached video of as many steps, and one of 200. For each: share of the passes, wall time over
-that of the uncached video, PSNR of a clip (mean, least), of the first, second and third clip apart, and the correlation
-of the mouth's opening with the voice's. Prints a Markdown table for each number of steps, the parts of a clip's time and
-a JSON line. memo (github.com/memoavatar/memo, commit a5aee30) must be importable.
+Fewer Euler steps, a second-order solver, DeepCache, TeaCache as published, and ours: a number of computed steps, and a
+tolerance, each with the correction and without. References: the uncached video of as many steps, and one of 200. For each:
+passes, wall time over that of the uncached video, PSNR of each clip, and the correlation of the mouth's opening with the
+voice's. Writes rows as voices are done, and goes on where it was stopped; `render.py` makes tables of them.
+memo (github.com/memoavatar/memo, commit a5aee30) must be importable.
 """
 
 import argparse
 import contextlib
-import json
+import functools
 import multiprocessing
 import os
-import platform
-import statistics
 import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import diffusers
+import record
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from omegaconf import OmegaConf
@@ -37,10 +35,9 @@ from evaluate import correlation, mouth_opening, speak  # noqa: E402
 
 from TeaCache4Memo import teacache_memo  # noqa: E402
 
-CONVERGED = 200
-PASSES = 7, 10, 14
-THRESHOLDS = 0.09, 0.15, 0.25
-TOLERANCES = 0.001, 0.003, 0.01
+PASSES = 10, 14
+THRESHOLDS = 0.15, 0.25
+TOLERANCES = 0.003, 0.01
 PARTS = "diffusion_net", "reference_net", "vae.encoder", "vae.decoder"
 
 
@@ -58,6 +55,63 @@ class AdamsBashforth(FlowMatchEulerDiscreteScheduler):
             ratio = (self.sigmas[i + 1] - self.sigmas[i]) / (self.sigmas[i] - self.sigmas[i - 1])
             velocity = velocity + (velocity - self.seen[0]) * ratio / 2
         return super().step(velocity, timestep, sample, **kwargs)
+
+
+class DeepCache:
+    """DeepCache, arXiv 2312.00858, as its authors' helper does it (horseee/DeepCache; interval 3, branch 0).
+
+    One step in three is computed. The others run the first convolution, the last layer of the last up block, and the
+    output layers; all other blocks give what they gave at the last computed step. A clip begins with a computed step.
+    """
+
+    def __init__(self, unet, interval=3):
+        self.unet, self.interval, self.step, self.computed, self.kept = unet, interval, 0, [], {}
+        *reused, self.last = *unet.down_blocks, unet.mid_block, *unet.up_blocks
+        for block in reused:
+            block.forward = functools.partial(self.reuse, block.forward)
+        self.last.forward = functools.partial(self.run_last, self.last.forward)
+        self.hooks = [
+            unet.register_forward_pre_hook(self.begin_step, with_kwargs=True),
+            self.last.resnets[-1].register_forward_pre_hook(self.keep_features),
+            self.last.audio_modules[-1].register_forward_pre_hook(self.keep_audio, with_kwargs=True),
+        ]
+
+    def begin_step(self, unet, args, kwargs):
+        self.step = 0 if kwargs["update_past_memory"] else self.step + 1
+        self.computed.append(self.step % self.interval == 0)
+
+    def reuse(self, stock, *args, **kwargs):
+        if self.computed[-1]:
+            self.kept[stock] = stock(*args, **kwargs)
+        return self.kept[stock]
+
+    def keep_features(self, resnet, args):
+        """The input of the last layer: features of the layer before, and those of the first convolution behind them."""
+        skip = self.unet.conv_in.out_channels
+        self.kept["features"] = args[0][:, :-skip]
+
+    def keep_audio(self, module, args, kwargs):
+        self.kept["audio"] = kwargs["encoder_hidden_states"]
+
+    def run_last(self, stock, hidden_states, ref_feature_list, res_hidden_states_tuple, **kwargs):
+        if self.computed[-1]:
+            return stock(hidden_states, ref_feature_list, res_hidden_states_tuple, **kwargs)
+        names = [name for name in ("resnets", "attentions", "audio_modules", "motion_modules")]
+        layers = {name: getattr(self.last, name) for name in names}
+        for name in names:
+            setattr(self.last, name, layers[name][-1:])
+        try:
+            kwargs["audio_embedding"] = self.kept["audio"]
+            return stock(self.kept["features"], ref_feature_list[-1:], res_hidden_states_tuple[:1], **kwargs)
+        finally:
+            for name in names:
+                setattr(self.last, name, layers[name])
+
+    def remove(self):
+        for block in (*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks):
+            vars(block).pop("forward", None)
+        for hook in self.hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager
@@ -88,11 +142,11 @@ def timed(pipeline):
 def psnr(video, reference, size):
     """dB of each clip, at most 99; of videos in [-1, 1]."""
     mse = ((video - reference) / 2).square().unflatten(0, (-1, size)).flatten(1).mean(1)
-    return (-10 * torch.log10(mse.clamp_min(10**-9.9))).tolist()
+    return [round(dB, 2) for dB in (-10 * torch.log10(mse.clamp_min(10**-9.9))).tolist()]
 
 
-def measure(i, model, all_steps):
-    """All methods on one voice. Returns rows, and the seconds of the parts of an uncached video."""
+def measure(i, model, all_steps, converged_steps):
+    """All methods on one voice: rows by key, and the seconds of the parts of an uncached video."""
     warnings.simplefilter("ignore")
     if multiprocessing.parent_process() is not None:  # one of several workers
         torch.set_num_threads(1)
@@ -101,110 +155,87 @@ def measure(i, model, all_steps):
     parts = teacache_memo.load_pipeline(str(model), device=device, dtype=config.weight_dtype)
     parts[0].set_progress_bar_config(disable=True)
     voice = {name: rows[i] for name, rows in load_file(model / "voices.safetensors").items()}
-    made, rows = {}, []
+    made, rows = {}, {}
 
-    def make(steps, scheduler=FlowMatchEulerDiscreteScheduler, **settings):
-        key = (steps, scheduler, *settings.items())
+    def make(steps, scheduler=FlowMatchEulerDiscreteScheduler, corrected=True, **settings):
+        key = (steps, scheduler, corrected, *settings.items())
         if key not in made:  # fewer steps are the same whatever they are compared with
-            parts[0].scheduler = scheduler()
+            parts[0].scheduler, teacache_memo.CORRECT = scheduler(), corrected
             config.inference_steps = steps
             made[key] = speak(*parts, config, voice, i, **settings)
         return made[key]
 
+    def make_deep(steps):
+        deep = DeepCache(parts[0].diffusion_net)
+        try:
+            parts[0].scheduler, config.inference_steps = FlowMatchEulerDiscreteScheduler(), steps
+            video, seconds, _ = speak(*parts, config, voice, i)
+        finally:
+            deep.remove()
+        return video, seconds, deep.computed
+
     config.inference_steps = 2
     speak(*parts, config, voice, i)  # warm-up
-    converged = make(CONVERGED)[0]
+    converged = make(converged_steps)[0]
     for steps in all_steps:
         with timed(parts[0]) as seconds:
             base, base_seconds, _ = make(steps)
         seconds["all"] = base_seconds
 
-        def add(method, setting, made_steps, steps=steps, base=base, base_seconds=base_seconds, **settings):
-            video, wall, schedule = make(made_steps, **settings)
-            clips = len(schedule) // made_steps
-            row = {"steps": steps, "method": method, "setting": setting, "passes": sum(schedule) / clips}
-            row |= {"share": row["passes"] / steps, "wall": wall / base_seconds}
-            size = config.num_generated_frames_per_clip
+        def add(method, setting, made_steps, steps=steps, base=base, base_seconds=base_seconds, made=make, **settings):
+            video, wall, schedule = made(made_steps, **settings)
+            clips, size = len(schedule) // made_steps, config.num_generated_frames_per_clip
+            row = {"steps": steps, "method": method, "setting": str(setting), "passes": sum(schedule) / clips}
+            row |= {"wall": round(wall / base_seconds, 3)}
             row |= {"uncached": psnr(video, base, size), "converged": psnr(video, converged, size)}
-            rows.append(row | {"mouth": correlation(mouth_opening(video), voice["opening"])})
+            row |= {"mouth": round(correlation(mouth_opening(video), voice["opening"]), 4)}
+            rows[record.slug("steps", steps, method, setting)] = row
 
         add("Euler, uncached", f"{steps} steps", steps)
         for k in PASSES:
             add("fewer Euler steps", f"{k} steps", k)
         for k in PASSES:
             add("Adams-Bashforth 2", f"{k} steps", k, scheduler=AdamsBashforth)
-        for order, name in ((0, "TeaCache, published"), (1, "TeaCache, order 1")):
+        add("DeepCache", "interval 3, branch 0", steps, made=make_deep)
+        for corrected in (False, True):
+            published, ours = ("", ", not corrected") if not corrected else (", corrected", "")
             for thresh in THRESHOLDS:
-                add(name, f"threshold {thresh}", steps, rel_l1_thresh=thresh, order=order)
-        for k in PASSES:
-            add("computed_steps", f"{k} of {steps}", steps, computed_steps=k)
-        for tolerance in TOLERANCES:
-            add("tolerance", f"{tolerance}", steps, tolerance=tolerance)
+                add(f"TeaCache{published}", thresh, steps, rel_l1_thresh=thresh, corrected=corrected)
+            for k in PASSES:
+                add(f"computed_steps{ours}", k, steps, computed_steps=k, corrected=corrected)
+            for tolerance in TOLERANCES:
+                add(f"tolerance{ours}", tolerance, steps, tolerance=tolerance, corrected=corrected)
     print(f"voice {i} is done", file=sys.stderr, flush=True)
     return rows, seconds
-
-
-def summary(found):
-    """One row for each setting: figures of all voices."""
-    rows = []
-    for same in zip(*found):
-        row = {name: same[0][name] for name in ("steps", "method", "setting")}
-        for name in ("passes", "share", "wall", "mouth"):
-            row[name] = statistics.mean(each[name] for each in same)
-        for name in ("uncached", "converged"):
-            clips = [each[name] for each in same]
-            row[name] = statistics.mean(sum(clips, []))
-            row[f"{name} least"] = min(sum(clips, []))
-            row[f"{name} drift"] = [statistics.mean(clip) for clip in zip(*clips)]
-        rows.append(row)
-    return rows
-
-
-def table(rows):
-    lines = [
-        "| method | setting | passes | wall | to uncached, mean (least clip) | clip 1, 2, 3 | to 200 steps | mouth |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        same = r["uncached"] > 98
-        drift = "" if same else ", ".join(f"{dB:.1f}" for dB in r["uncached drift"])
-        uncached = "equal" if same else f"{r['uncached']:.1f} ({r['uncached least']:.1f}) dB"
-        converged = f"{r['converged']:.1f} ({r['converged least']:.1f}) dB"
-        lines.append(
-            f"| {r['method']} | {r['setting']} | {r['passes']:.1f}, {r['share']:.0%} | {r['wall']:.2f} | {uncached} | {drift}"
-            f" | {converged} | {r['mouth']:.3f} |"
-        )
-    return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=MODEL, help="folder like assets/memo-emoji")
     parser.add_argument("--voices", type=int, default=8, help="how many of its voices.safetensors")
-    parser.add_argument("--steps", type=int, nargs="+", default=[20, 50])
+    parser.add_argument("--steps", type=int, nargs="+", default=[20])
+    parser.add_argument("--converged", type=int, default=200, help="steps of the converged video")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread; 1: this one")
+    parser.add_argument("--output", type=Path, default=record.RESULTS / "memo_peers.json")
     args = parser.parse_args()
 
-    jobs = range(args.voices), [args.model] * args.voices, [args.steps] * args.voices
-    if args.workers > 1 and not torch.cuda.is_available():
-        with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
-            results = list(pool.map(measure, *jobs))
-    else:
-        results = list(map(measure, *jobs))
-    rows, parts = summary([rows for rows, _ in results]), [seconds for _, seconds in results]
-    for steps in args.steps:
-        print(f"\n### {steps} steps\n\n{table([r for r in rows if r['steps'] == steps])}")
-    total = sum(p["all"] for p in parts)
-    shares = {name: sum(p[name] for p in parts) / total for name in PARTS}
-    shares["rest"] = 1 - sum(shares.values())
-    print(f"\nParts of the time of an uncached clip, {args.steps[-1]} steps:\n")
-    print("| " + " | ".join(shares) + " |\n|" + "---|" * len(shares))
-    print("| " + " | ".join(f"{share:.1%}" for share in shares.values()) + " |")
-    machine = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, {os.cpu_count()} cores"
-    )
-    about = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__, "voices": args.voices}
-    print(json.dumps({**about, "shares": shares, "rows": rows}))
+    about = {"model": args.model.name, "steps": args.steps, "converged_steps": args.converged}
+    results = record.Record(args.output, **about)
+    done = len(next(iter(results.rows.values()), {}).get("passes", ()))  # voices
+    todo = range(done, args.voices)
+    jobs = [(i, args.model, args.steps, args.converged) for i in todo]
+    with contextlib.ExitStack() as stack:
+        each = map(measure, *zip(*jobs))
+        if args.workers > 1 and not torch.cuda.is_available():
+            context = multiprocessing.get_context("spawn")
+            each = stack.enter_context(ProcessPoolExecutor(args.workers, context)).map(measure, *zip(*jobs))
+        for rows, seconds in each if jobs else ():
+            for key, row in rows.items():
+                old = results.rows.setdefault(key, {name: row[name] for name in ("steps", "method", "setting")})
+                for name in ("passes", "wall", "uncached", "converged", "mouth"):  # one entry for each voice
+                    old[name] = [*old.get(name, []), row[name]]
+            old = results.rows.get("parts", {})
+            results.add("parts", **{name: [*old.get(name, []), round(s, 2)] for name, s in seconds.items()})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 memo's own classes with the widths of the released model (320, 640, 1280, 1280), 16 frames, guidance, bfloat16 and random
 weights, on which the time does not depend. The motion module's settings are not in memo's code; they are those of its
-relatives. The VAE is that of Stable Diffusion, a frame at a time, as in memo. Prints Markdown tables and a JSON line.
+relatives. The VAE is that of Stable Diffusion, a frame at a time, as in memo. `render.py` makes tables of what it writes.
 
     python tests/benchmarks/memo_real_size.py --memo PATH_TO_MEMO                  # 512 pixels, on a GPU
     python tests/benchmarks/memo_real_size.py --memo PATH_TO_MEMO --pixels 256     # also on a CPU
@@ -10,15 +10,13 @@ relatives. The VAE is that of Stable Diffusion, a frame at a time, as in memo. P
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import diffusers
+import record
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -35,9 +33,8 @@ MOTION = {
 }
 WAYS = {  # thresholds that everything and nothing reaches: all steps computed, all but first and last skipped
     "stock": None,
-    "computed, threshold": {"rel_l1_thresh": 1e-12, "coefficients": [1.0], "order": 0},
-    "skipped, threshold, order 0": {"rel_l1_thresh": 1e12, "order": 0},
-    "skipped, threshold, order 1": {"rel_l1_thresh": 1e12, "order": 1},
+    "computed, threshold": {"rel_l1_thresh": 1e-12, "coefficients": [1.0]},
+    "skipped, threshold": {"rel_l1_thresh": 1e12},
     "skipped, computed_steps": {"computed_steps": 2},
     "half of the steps": {"computed_steps": None},
 }
@@ -109,6 +106,7 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="a small network, to try this script")
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--steps", type=int, default=6, help="steps of each loop")
+    parser.add_argument("--output", type=Path, default=record.RESULTS / "memo_real_size.json")
     args = parser.parse_args()
     if args.memo:
         sys.path.insert(0, args.memo)
@@ -131,7 +129,10 @@ def main():
     given["ref_features"] = see()
     given["audio_emotion"] = torch.tensor([9, 3], dtype=torch.int, device=device)
     given["uc_mask"] = torch.tensor([1] * 16 + [0] * 16, device=device).bool()
-    latents, results = randn(1, 4, 16, side, side), {}
+    latents = randn(1, 4, 16, side, side)
+    about = {"pixels": args.pixels, "steps": args.steps, "dtype": str(unet.dtype), "weights": "random"}
+    about["parameters"] = sum(p.numel() for p in unet.parameters())
+    results = record.Record(args.output, **about)
     loop(unet, given, latents, 2)  # warm-up
     for name, settings in WAYS.items():
         remove_teacache(unet)
@@ -143,32 +144,18 @@ def main():
         if settings is not None:
             schedule = unet.teacache.schedule
         chosen = [s for s, computed in zip(seconds, schedule) if computed != name.startswith("skipped")]
-        results[name] = {"step": statistics.median(chosen), "loop": sum(seconds), "computed": sum(schedule)}
+        row = {"name": name, "step": statistics.median(chosen), "loop": sum(seconds), "computed": sum(schedule)}
+        results.add(record.slug(name), **row)
         print(f"{name}: {' '.join(f'{s:.3f}' for s in seconds)}", file=sys.stderr, flush=True)
 
-    stock = results["stock"]
-    print(
-        f"\n{args.pixels} x {args.pixels}, 16 frames, {args.steps} steps\n\n| step | seconds | of stock | loop, speedup |"
-    )
-    print("|---|---|---|---|")
-    for name, r in results.items():
-        speedup = f"{r['computed']} computed, {stock['loop'] / r['loop']:.2f}x"
-        print(f"| {name} | {r['step']:.4f} | {r['step'] / stock['step']:.4f} | {speedup} |")
     latent, frame = randn(1, 4, side, side), randn(1, 3, args.pixels, args.pixels)
     parts = {
-        "UNet, 20 steps": 20 * stock["step"],
+        "UNet, 20 steps": 20 * results.rows["stock"]["step"],
         "reference net": seconds_of(see),
         "VAE, 17 frames encoded": 17 * seconds_of(lambda: vae.encode(frame)),
         "VAE, 16 frames decoded": 16 * seconds_of(lambda: vae.decode(latent)),
     }
-    print("\n| part of a clip, stock | seconds | share |\n|---|---|---|")
-    for name, seconds in parts.items():
-        print(f"| {name} | {seconds:.2f} | {seconds / sum(parts.values()):.1%} |")
-    print()
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    about = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__, "weights": "random"}
-    about |= {"pixels": args.pixels, "dtype": str(unet.dtype), "parameters": sum(p.numel() for p in unet.parameters())}
-    print(json.dumps({**about, "results": results, "parts": parts}))
+    results.add("parts", **parts)
 
 
 if __name__ == "__main__":
