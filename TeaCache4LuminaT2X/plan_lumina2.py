@@ -45,6 +45,7 @@ def parse_args(argv=None):
         if args.computed_steps is None:
             raise ValueError("give --computed-steps, such as 10: the number of steps to plan")
         drawn = choose_prompts(Path(args.prompts), args.seed)
+        teacache_lumina2.check_seed(args.seed + len(drawn) - 1)
     except (OSError, ValueError) as error:
         args.parser.error(str(error))
     jobs = [(prompt, args.seed + i) for i, prompt in enumerate(drawn)]

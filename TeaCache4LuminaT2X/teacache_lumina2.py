@@ -408,6 +408,8 @@ class TeaCacheState:
             return False
         if timestep < self.timesteps[-1] or self.was_interrupted:
             return True
+        if self.step == 0 and self.is_last_step:  # of one step: the next may begin at the same timestep
+            return True
         return timestep > self.timesteps[-1] and not self.knows(conditioning, mark, layout)
 
     @property

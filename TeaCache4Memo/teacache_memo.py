@@ -433,6 +433,8 @@ class TeaCacheState:
             return False
         if timestep < self.timesteps[-1] or self.was_interrupted:
             return True
+        if self.step == 0 and self.is_last_step:  # of one step: the next may begin at the same timestep
+            return True
         return timestep > self.timesteps[-1] and not self.knows(conditioning, mark, layout)
 
     @property
@@ -1203,6 +1205,13 @@ def next_free(path):
     return next(each for each in itertools.chain([path], others) if not each.exists())
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """An error is one line, which mentions --help."""
+
+    def error(self, message):
+        super().error(" ".join(message.split()) + " (see --help)")
+
+
 def add_flag(parser, name, **settings):
     """A flag with underscores, as in memo, that may be written with hyphens as well."""
     parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **settings)
@@ -1295,7 +1304,7 @@ def parse_args(argv=None, extend=lambda parser: None, has_inputs=True):
 
     For other tools: `extend` adds or replaces flags; without `has_inputs`, portrait and voice are not looked at.
     """
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, conflict_handler="resolve")  # an error is one line
+    parser = OneLineParser(usage=argparse.SUPPRESS, conflict_handler="resolve")
     add_flag(parser, "config", help="memo's configs/inference.yaml, or one like it")
     add_flag(parser, "input_image", help="portrait; the talking emoji has its own, see assets/memo-emoji")
     add_flag(parser, "input_audio", help="voice, in any format")
@@ -1310,7 +1319,7 @@ def parse_args(argv=None, extend=lambda parser: None, has_inputs=True):
     try:
         check_arguments(args, has_inputs)
     except Exception as error:  # of the files, the config or the settings
-        parser.error(" ".join(str(error).split()))
+        parser.error(str(error))
     return args
 
 
@@ -1359,7 +1368,7 @@ def quiet():
 
 def name_setting(rel_l1_thresh=None, computed_steps=None, tolerance=None):
     """The setting that is used, as text: "computed_steps 10"."""
-    names = "threshold", "computed_steps", "tolerance"
+    names = "rel_l1_thresh", "computed_steps", "tolerance"
     values = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
     return next(f"{name} {value:g}" for name, value in zip(names, values) if value is not None)
 

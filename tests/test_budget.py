@@ -18,6 +18,10 @@ def running(machine, times, schedule, **settings):
     return cache
 
 
+def empty_branch(machine, step):
+    return machine.script.Branch(conditioning=(), mark=None, layout=(), step=step)
+
+
 def choose(machine, times, budget, forced=()):
     """The schedule of a generation with these timesteps."""
     cache = running(machine, [], [], computed_steps=budget, num_steps=len(times))
@@ -87,7 +91,7 @@ def test_a_forced_computation_is_made_up_for(machine):
 
 def test_the_forecast_itself(machine):
     """A line through (0, 1) and (2, 3), followed to 3 and to 6: g / (1 + g / 4) of the way; two outputs are held."""
-    branch = machine.script.Branch((), (), 0)
+    branch = empty_branch(machine, 0)
     branch.remember(0.0, torch.tensor([1.0]))
     assert branch.forecast(1.0).item() == 1 and branch.forecast(1.0) is not branch.outputs[0][1]
     branch.remember(2.0, torch.tensor([9.0]))
@@ -120,7 +124,7 @@ def test_a_tolerance(machine):
 
 def test_the_curvature(machine):
     """By hand: after a computed step, the largest error of the branches over the square of the gap; its memory."""
-    cache, branches = running(machine, [0.0, 0.1], [True, True]), [machine.script.Branch((), (), 1) for _ in range(2)]
+    cache, branches = running(machine, [0.0, 0.1], [True, True]), [empty_branch(machine, 1) for _ in range(2)]
     cache.branches = branches
 
     def measured(*errors):
@@ -140,9 +144,10 @@ def test_the_curvature(machine):
 
 def test_the_curvature_of_a_branch_that_has_ended(machine):
     """Guidance that stops: the error that its branch had is of another gap."""
-    cache, ended = running(machine, [0.0, 0.1, 0.2], [True] * 3), machine.script.Branch((), (), 1)
-    cache.branches, ended.error = [ended, machine.script.Branch((), (), 2)], torch.tensor(9.0)
-    cache.measure_curvature()
+    cache, ended = running(machine, [0.0, 0.1, 0.2], [True] * 3), empty_branch(machine, 1)
+    cache.branches, ended.error = [ended, empty_branch(machine, 2)], torch.tensor(9.0)
+    cache.rule = machine.script.by_tolerance
+    cache.begin_step(0.3, 8, cache.settings._replace(tolerance=0.1))
     assert cache.curvature == machine.script.CURVATURE
 
 

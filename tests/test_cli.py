@@ -187,6 +187,7 @@ BAD = {
     "GGUF by another name": (["--transformer", "{tmp}/gguf.safetensors"], "is a GGUF file"),
     "another network": (["--transformer", "{tmp}/vae.safetensors"], "does not fit --model"),
     "some weights": (["--transformer", "{tmp}/some.safetensors"], "1 of 249 weights are missing or of another size"),
+    "an odd shape": (["--transformer", "{tmp}/shape.safetensors"], "such as x_embedder.weight"),
     "another width": (["--transformer", "{tmp}/wide.safetensors"], "249 of 249 weights are missing"),
     "unknown flag": (["--treshold", "1"], "--treshold"),
     "unknown dtype": (["--dtype", "int8"], "int8"),
@@ -211,6 +212,7 @@ def bad_files(tmp_path_factory):
     for name in ("model.gguf", "gguf.safetensors"):
         (folder / name).write_bytes(b"GGUF\x03\x00\x00\x00")
     shutil.copy(BUNDLED / "vae" / "diffusion_pytorch_model.safetensors", folder / "vae.safetensors")
+    save_file({**weights, "x_embedder.weight": torch.zeros(192, 16)}, folder / "shape.safetensors")
     weights.pop("x_embedder.bias")
     save_file(weights, folder / "some.safetensors")
     save_file({"layers.0.attention.qkv.weight": torch.zeros(320, 192)}, folder / "wide.safetensors")
@@ -288,6 +290,7 @@ def test_dtype_and_single_file_transformer(tmp_path, prefix, name):
     weights = {prefix + key: weight for key, weight in weights.items()}
     weights |= {"vae.decoder.conv_in.weight": torch.zeros(1)} if prefix else {}
     (save_file if name.endswith("safetensors") else torch.save)(weights, tmp_path / name)
+    assert teacache_lumina2.read_transformer(str(tmp_path / name)).keys() == load_file(WEIGHTS).keys()
     flags = ["--transformer", str(tmp_path / name), "--dtype", "bfloat16"]
     pipeline = load_pipeline(parse_args([*FAST, *flags]))
     assert not pipeline.transformer.norm_out.linear_2.weight.any()

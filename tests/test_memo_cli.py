@@ -93,7 +93,7 @@ def refused(capfd, *more, tool=teacache_memo):
             patch.setattr(teacache_memo, name, lambda *_, **__: pytest.fail("too late"))
         run(*more, tool=tool)
     out, err = capfd.readouterr()
-    assert exit.value.code == 2 and out == "" and err.count("\n") == 1, err
+    assert exit.value.code == 2 and out == "" and err.count("\n") == 1 and err.endswith("(see --help)\n"), err
     return err
 
 
@@ -112,7 +112,7 @@ def test_two_clips(here, capsys):
     frames, fps, sound = read("new/outputs/face_speech.mp4")
     assert frames.shape == (2 * FRAMES, 16, 16, 3) and fps == FPS and sound == "aac"
     out, err = capsys.readouterr()
-    closing = r"saved new/outputs/face_speech.mp4: [\d.]+ s, 4 of 12 steps computed \(threshold 9\), seed 42\n"
+    closing = r"saved new/outputs/face_speech.mp4: [\d.]+ s, 4 of 12 steps computed \(rel_l1_thresh 9\), seed 42\n"
     assert re.fullmatch(closing, out) and os.listdir("new/outputs") == ["face_speech.mp4"]
     assert "clip 2 of 2" in err and "4 of 12 steps computed" in err and "6/6" not in err, "one bar for the video"
 

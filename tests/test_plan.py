@@ -224,6 +224,7 @@ def test_prompts_are_eight_different_ones_and_the_seed_chooses(tmp_path):
         ("\n".join(PROMPTS).encode(), ["--computed-steps", "7"], "2 to 6"),
         ("\n".join(PROMPTS).encode(), ["--computed-steps", "1"], "2 to 6"),
         ("\n".join(PROMPTS).encode(), ["--tolerance", "0.003"], "only one of"),
+        ("\n".join(PROMPTS).encode(), ["--seed", str(2**64 - 7)], "seed must be"),
         ("\n".join(PROMPTS).encode(), None, "give --computed-steps"),
     ],
 )

@@ -48,7 +48,9 @@ def test_every_command_is_accounted_for():
 def test_lumina_commands(command, tmp_path, monkeypatch, capsys):
     """Run to the end on the bundled model, in few steps; budgets of the command become smaller with them."""
     monkeypatch.chdir(tmp_path)
-    prompts = "red apple\nfox\ncat\npizza\ncactus\nheart\nviolin\nrocket\n" if "plan_" in command else "red apple\nfox\n"
+    prompts = (
+        "red apple\nfox\ncat\npizza\ncactus\nheart\nviolin\nrocket\n" if "plan_" in command else "red apple\nfox\n"
+    )
     (tmp_path / "prompts.txt").write_text(prompts, encoding="utf-8")
     words = shlex.split(command)
     at = next(i for i, word in enumerate(words) if word.rpartition("/")[2] in TOOLS)

@@ -79,8 +79,8 @@ def imports(source):
             found |= {"." * node.level + (node.module or "")}
             found |= {"." * node.level + alias.name for alias in node.names if node.level}
         if isinstance(node, ast.Call):
-            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-            found |= {name} & {"import_module", "__import__", "exec", "eval", "run_path"}
+            found |= {getattr(node.func, "attr", "")} & {"import_module", "run_path"}  # a module has eval()
+            found |= {getattr(node.func, "id", "")} & {"import_module", "__import__", "exec", "eval", "run_path"}
     return found
 
 

@@ -421,7 +421,8 @@ def plot(rows, path):
             points = sorted((r["passes"], statistics.mean(r[name])) for r in mine if r["method"] == method)
             points = [point for point in points if point[0] <= 22]
             wide = 2.2 if "computed" in method else 1.3
-            axes.plot(*zip(*points), color=color, linestyle=line, marker=marker, label=label, linewidth=wide)
+            look = {"color": color, "linestyle": line, "marker": marker, "label": label, "linewidth": wide}
+            axes.plot(*(zip(*points) if points else ([], [])), **look)
         axes.set(xlabel="computed of 30 steps", ylabel="mean PSNR (dB)", xlim=(7, 23))
         axes.grid(alpha=0.3)
         if table == "rounding":

@@ -41,9 +41,27 @@ BLOCK = re.compile(r"(<!-- results: ([\w ]+?) -->\n).*?(<!-- end -->)", re.S)
 INLINE = re.compile(r"(<!--=(.+?)(?::(\.\d[f%]))?-->).*?(<!---->)", re.S)
 
 
+class NotMeasured(Exception):
+    """There is no file of this name."""
+
+
+class Results(dict):
+    """{name: results}."""
+
+    def __missing__(self, name):
+        raise NotMeasured(name)
+
+
+class Names(Results):
+    """What an expression may use: the functions, and results by their names."""
+
+    def __init__(self, results):
+        super().__init__({**FUNCTIONS, **results})
+
+
 def load(folder=RESULTS):
     """{name: results}: each row, or else each entry of the file, is an attribute of the results."""
-    found = {}
+    found = Results()
     for path in sorted(folder.glob("*.json")):
         whole = json.loads(path.read_text(encoding="utf-8"))
         rows = {key: SimpleNamespace(**row) for key, row in whole.get("rows", {}).items()}
@@ -103,8 +121,8 @@ FUNCTIONS = {f.__name__: f for f in (psnr, least, better, gains, mean, min, max,
 
 
 def markdown(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+    lines = ["| " + " | ".join(map(str, line)) + " |" for line in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]]) + "\n"
 
 
 def cell(row, to, of="all"):
@@ -125,6 +143,8 @@ def peers(results, table):
         columns = [("uncached", "known"), ("uncached", "new"), ("converged", "known"), ("converged", "new")]
         head = ["method", "setting", "passes", "to uncached, known prompts", "new", "to converged, known", "new"]
     rows = [row for row in vars(results["peers"]).values() if getattr(row, "table", "").replace(" ", "_") == table]
+    if not rows:
+        raise NotMeasured(table)
     if table == "rounding":
         line = vars(results["peers"])["rounding_euler_uncached_30_steps"]
         head.append("to the line of rounding")
@@ -262,10 +282,17 @@ def render(text, results):
 
     def block(match):
         name, *words = match[2].split()
-        return match[1] + TABLES[name](results, *words) + match[3]
+        try:
+            shown = TABLES[name](results, *words)
+        except NotMeasured as missing:
+            shown = f"Not measured yet: {missing.args[0]}.\n"
+        return match[1] + shown + match[3]
 
     def inline(match):
-        value = eval(match[2], {"__builtins__": {}}, {**FUNCTIONS, **results})
+        try:
+            value = eval(match[2], {"__builtins__": {}}, Names(results))
+        except NotMeasured:
+            value = "?"
         shown = (
             value if isinstance(value, str) else format(value, match[3] or (".1f" if isinstance(value, float) else ""))
         )

@@ -133,7 +133,7 @@ def comfyui_schedule(embeddings, threshold, start=0.2):
         total += rescaled
         reached = not total < threshold
         total = 0.0 if reached else total
-        schedule.append(reached or i / (len(embeddings) - 1) < start)
+        schedule.append(reached or i / len(embeddings) < start)
     return schedule
 
 
