@@ -69,7 +69,7 @@ NETWORK = "transformer"  # attribute of the pipeline that TeaCache is applied to
 # They hold for small changes only: v1 falls below zero at a change of 0.279, v2 at 1.207. Larger changes are computed.
 COEFFICIENTS_V1 = [393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344]
 COEFFICIENTS_V2 = [225.7042019806413, -608.8453716535591, 304.1869942338369, 124.21267720116742, -1.4089066892956552]
-COEFFICIENTS = COEFFICIENTS_V1  # calibrate_lumina2.py fits them to another model
+COEFFICIENTS = COEFFICIENTS_V1
 
 DAMPING = 0.25  # of the extrapolation, see extrapolate
 CURVATURE = 60.0  # under a tolerance: error of the extrapolation over the square of its gap, before it is measured

@@ -142,7 +142,9 @@ def test_it_says_something_else(tmp_path, monkeypatch, capsys):
     assert quick and "2 of 2 steps computed (computed_steps 2), seed 42" in capsys.readouterr().out
     frames, fps, sound = read("outputs/example_voice.mp4")
     assert frames.shape == (10, 96, 96, 3) and fps == 30 and sound == "aac"
-    assert np.abs(frames[0].astype(int) - np.asarray(Image.open(FOLDER / "example.png"))).mean() < 20
+    faces = {file.name: np.asarray(Image.open(file)) for file in FOLDER.glob("*.png")}
+    nearest = min(faces, key=lambda name: np.abs(frames.astype(int) - faces[name]).mean())
+    assert nearest == "example.png"
 
 
 def with_steps(steps):
@@ -333,7 +335,7 @@ def test_a_video_that_ffmpeg_cannot_write(here):  # noqa: F811
     """Its own words, as an error; no half of it stays."""
     os.mkdir("o")
     clip = np.zeros((16, 32, 32, 3), np.uint8)
-    with pytest.raises(OSError, match="nosound.wav"):
+    with pytest.raises(OSError, match="No such file"):
         teacache_memo.write_video([clip], "o/a.mp4", FPS, "nosound.wav")
     with pytest.raises(OSError):
         teacache_memo.write_video([clip[:, :31, :31]] * 40, "o/a.mp4", FPS, "speech.wav")  # odd sizes

@@ -187,7 +187,7 @@ def memo_peers(results, steps="20"):
 
 def front(results):
     """The table of the front page. A row that was not measured is left out."""
-    p, m = vars(results["peers"]), vars(results["memo_peers"])
+    p, m = vars(results["peers"]), vars(results.get("memo_peers", SimpleNamespace()))
     pairs = {
         "uncached": ("euler_uncached_30_steps", "euler_uncached_20_steps"),
         "fewer steps": ("fewer_euler_steps_15_steps", "fewer_euler_steps_10_steps"),
