@@ -5,7 +5,7 @@
 
 Fewer Euler steps, a second-order solver, DeepCache, TeaCache as published, and ours: a number of computed steps, and a
 tolerance, each with the correction and without. References: the uncached video of as many steps, and one of 200. For each:
-passes, wall time over that of the uncached video, PSNR of each clip, and the correlation of the mouth's opening with the
+passes, time over that of the uncached video, PSNR of each clip, and the correlation of the mouth's opening with the
 voice's. Writes rows as voices are done, and goes on where it was stopped; `render.py` makes tables of them.
 memo (github.com/memoavatar/memo, commit a5aee30) must be importable.
 """
@@ -114,15 +114,18 @@ class DeepCache:
             hook.remove()
 
 
+def now():
+    """Seconds: of the clock on a GPU, of this process on a CPU, where other processes do not count."""
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @contextlib.contextmanager
 def timed(pipeline):
     """A dict of the seconds spent in each of PARTS."""
     seconds, began, hooks = dict.fromkeys(PARTS, 0.0), {}, []
-
-    def now():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
     for name in PARTS:
         module = pipeline.vae.get_submodule(name[4:]) if name.startswith("vae.") else getattr(pipeline, name)
@@ -162,17 +165,20 @@ def measure(i, model, all_steps, converged_steps):
         if key not in made:  # fewer steps are the same whatever they are compared with
             parts[0].scheduler, teacache_memo.CORRECT = scheduler(), corrected
             config.inference_steps = steps
-            made[key] = speak(*parts, config, voice, i, **settings)
+            began = now()
+            video, _, schedule = speak(*parts, config, voice, i, **settings)
+            made[key] = video, now() - began, schedule
         return made[key]
 
     def make_deep(steps):
         deep = DeepCache(parts[0].diffusion_net)
         try:
             parts[0].scheduler, config.inference_steps = FlowMatchEulerDiscreteScheduler(), steps
-            video, seconds, _ = speak(*parts, config, voice, i)
+            began = now()
+            video, *_ = speak(*parts, config, voice, i)
         finally:
             deep.remove()
-        return video, seconds, deep.computed
+        return video, now() - began, deep.computed
 
     config.inference_steps = 2
     speak(*parts, config, voice, i)  # warm-up
@@ -183,10 +189,10 @@ def measure(i, model, all_steps, converged_steps):
         seconds["all"] = base_seconds
 
         def add(method, setting, made_steps, steps=steps, base=base, base_seconds=base_seconds, made=make, **settings):
-            video, wall, schedule = made(made_steps, **settings)
+            video, seconds, schedule = made(made_steps, **settings)
             clips, size = len(schedule) // made_steps, config.num_generated_frames_per_clip
             row = {"steps": steps, "method": method, "setting": str(setting), "passes": sum(schedule) / clips}
-            row |= {"wall": round(wall / base_seconds, 3)}
+            row |= {"time": round(seconds / base_seconds, 3)}
             row |= {"uncached": psnr(video, base, size), "converged": psnr(video, converged, size)}
             row |= {"mouth": round(correlation(mouth_opening(video), voice["opening"]), 4)}
             rows[record.slug("steps", steps, method, setting)] = row
@@ -232,7 +238,7 @@ def main():
         for rows, seconds in each if jobs else ():
             for key, row in rows.items():
                 old = results.rows.setdefault(key, {name: row[name] for name in ("steps", "method", "setting")})
-                for name in ("passes", "wall", "uncached", "converged", "mouth"):  # one entry for each voice
+                for name in ("passes", "time", "uncached", "converged", "mouth"):  # one entry for each voice
                     old[name] = [*old.get(name, []), row[name]]
             old = results.rows.get("parts", {})
             results.add("parts", **{name: [*old.get(name, []), round(s, 2)] for name, s in seconds.items()})

@@ -179,7 +179,7 @@ def memo_peers(results, steps="20"):
     def cells(row):
         same = cell(row, "uncached") == "equal"
         drift = "" if same else ", ".join(f"{mean(clips):.1f}" for clips in zip(*row.uncached))
-        yield from (row.method, row.setting, f"{mean(row.passes):.1f}", f"{mean(row.wall):.2f}")
+        yield from (row.method, row.setting, f"{mean(row.passes):.1f}", f"{mean(row.time):.2f}")
         yield from (cell(row, "uncached"), drift, cell(row, "converged"), f"{mean(row.mouth):.3f}")
 
     return markdown(head, [list(cells(row)) for row in rows])
