@@ -228,3 +228,18 @@ def test_a_replaced_prompt_is_forgotten_a_step_later(way):
     )
     denoise(model, PROMPT, NEGATIVE, steps=6, switch=switch)
     assert 0 < max(held) <= 3 * 3
+
+
+@pytest.mark.parametrize("way", [dict(rel_l1_thresh=1e9), dict(computed_steps=2)], ids=str)
+def test_tiles_of_two_sizes(model, way):
+    """One prompt, whichever size comes first in a step."""
+    apply_teacache(model, 9, coefficients=IDENTITY, **way)
+    calls, latents = [], [torch.randn(1, CHANNELS, 4, width) for width in (4, 6)]
+    model.layers[-1].register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        for t, order in ((0.1, (0, 1)), (0.2, (0, 1)), (0.3, (1, 0))):
+            for i in order:
+                (output,) = model(latents[i], torch.tensor([t]), *PROMPT, return_dict=False)
+                assert output.shape == latents[i].shape
+    threshold = "rel_l1_thresh" in way  # measures the first call of a step, which is another in the third
+    assert model.teacache.schedule == [True, False, threshold] and len(calls) == 2 + 2 * threshold
