@@ -1069,11 +1069,13 @@ def main(argv=None):
     args = parse_args(argv)
     warn_of_few_steps(args.num_inference_steps, **limits_of(args))
     warnings.simplefilter("ignore", FutureWarning)  # of diffusers, whose oldest version knows only torch_dtype
-    image, seconds, schedule = generate(load_pipeline(args), args)
+    pipeline = load_pipeline(args)
+    image, seconds, schedule = generate(pipeline, args)
     output = free_name(args.output)  # another run may have taken the name
     with complete_file(output) as draft:
         image.save(draft)
-    steps = f"{sum(schedule)} of {len(schedule)} steps computed ({setting_of(args)})"
+    corrected = ", corrected" if False in schedule and pipeline.transformer.teacache_clock.can_correct else ""
+    steps = f"{sum(schedule)} of {len(schedule)} steps computed ({setting_of(args)}{corrected})"
     print(f"saved {output}: {seconds:.1f} s, {steps}, seed {args.seed}")
 
 

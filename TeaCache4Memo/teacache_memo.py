@@ -1370,7 +1370,7 @@ def name_setting(rel_l1_thresh=None, computed_steps=None, tolerance=None):
     """The setting that is used, as text: "computed_steps 10"."""
     names = "rel_l1_thresh", "computed_steps", "tolerance"
     values = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
-    return next(f"{name} {value:g}" for name, value in zip(names, values) if value is not None)
+    return next(f"{name} {value}" for name, value in zip(names, values) if value is not None)
 
 
 def main(argv=None):
@@ -1395,6 +1395,8 @@ def main(argv=None):
         except KeyboardInterrupt:
             sys.exit(f"interrupted: {args.output} was not written")
     took, setting = f"{time.perf_counter() - began:.1f} s", name_setting(**args.limits)
+    if False in schedule and pipeline.diffusion_net.teacache_clock.can_correct:
+        setting = f"{setting}, corrected"
     print(f"saved {path}: {took}, {sum(schedule)} of {len(schedule)} steps computed ({setting}), seed {args.seed}")
 
 

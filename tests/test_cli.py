@@ -71,7 +71,7 @@ def test_defaults(fake, tmp_path, monkeypatch, capsys):
     assert (args.model, args.device, args.dtype, args.offload) == (str(BUNDLED), "cpu", "float32", "none")
     note, saved = capsys.readouterr().out.splitlines()
     assert "bundled" in note and "--model Alpha-VLLM/Lumina-Image-2.0" in note
-    used = r"2 of 3 steps computed \(computed_steps 7\), seed 1024"
+    used = r"2 of 3 steps computed \(computed_steps 7, corrected\), seed 1024"
     assert re.fullmatch(rf"saved teacache_lumina2_output.png: [\d.]+ s, {used}", saved)
     assert [p.name for p in tmp_path.iterdir()] == ["teacache_lumina2_output.png"]
 

@@ -112,7 +112,7 @@ def test_two_clips(here, capsys):
     frames, fps, sound = read("new/outputs/face_speech.mp4")
     assert frames.shape == (2 * FRAMES, 16, 16, 3) and fps == FPS and sound == "aac"
     out, err = capsys.readouterr()
-    closing = r"saved new/outputs/face_speech.mp4: [\d.]+ s, 4 of 12 steps computed \(rel_l1_thresh 9\), seed 42\n"
+    closing = r"saved new/outputs/face_speech.mp4: [\d.]+ s, 4 of 12 steps computed \(rel_l1_thresh 9.0, corrected\), seed 42\n"
     assert re.fullmatch(closing, out) and os.listdir("new/outputs") == ["face_speech.mp4"]
     second = next(line for line in err.split("\r") if "clip 2 of 2" in line)
     assert "2 of 6 steps computed" in second and "6/6" not in err, "one bar for the video"
