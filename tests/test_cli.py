@@ -84,7 +84,7 @@ def test_nothing_is_overwritten(fake, tmp_path, monkeypatch, capsys):
         (tmp_path / file).write_text("mine")
     main(["--rel-l1-thresh", "0.25", "--seed", "7"])
     assert f"saved {name('_2')}" in (out := capsys.readouterr().out)
-    assert "(rel_l1_thresh 0.25), seed 7" in out
+    assert "(rel_l1_thresh 0.25, corrected), seed 7" in out
     monkeypatch.setattr(Fake, "__call__", taking(Fake.__call__, tmp_path / name("_4")))
     main([])
     assert f"saved {name('_4_2')}" in capsys.readouterr().out

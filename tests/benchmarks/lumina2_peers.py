@@ -300,21 +300,19 @@ class Measurement:
                 self.add(method, f"about {target}", *draw_with(threshold), note=f"{threshold:g}")
 
     def published_teacache(self):
-        def passes_of(threshold):
-            self.few.teacache(STEPS, self.shift, rel_l1_thresh=threshold)
-            return self.few.passes
+        for name in ("v1", "v2"):
+            coefficients = getattr(teacache_lumina2, f"COEFFICIENTS_{name.upper()}")
 
-        for corrected, suffix in ((False, ""), (True, ", corrected")):
-            for name in ("v1", "v2"):
-                given = {
-                    "rel_l1_thresh": 0.3,
-                    "coefficients": getattr(teacache_lumina2, f"COEFFICIENTS_{name.upper()}"),
-                }
-                self.add(f"TeaCache {name}{suffix}", 0.3, self.lab.teacache, corrected=corrected, **given)
-            draw_with = lambda t: (functools.partial(self.lab.teacache, corrected=corrected, rel_l1_thresh=t),)  # noqa
-            self.tuned(f"TeaCache v1{suffix}", passes_of, draw_with)
+            def passes_of(threshold, coefficients=coefficients):
+                self.few.teacache(STEPS, self.shift, rel_l1_thresh=threshold, coefficients=coefficients)
+                return self.few.passes
 
-    def ours(self, steps=STEPS, computed=(8, 10, 15), tolerances=(0.003, 0.01), both=True):
+            for corrected, suffix in ((False, ""), (True, ", corrected")):
+                draw = functools.partial(self.lab.teacache, corrected=corrected, coefficients=coefficients)
+                draw_with = lambda t, draw=draw: (functools.partial(draw, rel_l1_thresh=t),)  # noqa: E731
+                self.tuned(f"TeaCache {name}{suffix}", passes_of, draw_with, published=0.3)
+
+    def ours(self, steps=STEPS, computed=(8, 10, 15, 20), tolerances=(0.003, 0.01), both=True):
         name = "" if steps == STEPS else f" of {steps}"
         for corrected, suffix in ((True, ""), (False, ", not corrected")) if both else ((True, ""),):
             given = {"steps": steps, "corrected": corrected}
@@ -391,7 +389,7 @@ def measure_rounding(lab, shift, float32, results):
     """A table in bfloat16: all against the uncached float32 image."""
     m = Measurement("rounding", lab, shift, {"float32": float32}, results)
     m.add("Euler, uncached", f"{STEPS} steps", lab.euler)
-    m.ours(computed=(8, 10, 12, 15))
+    m.ours(computed=(8, 10, 12, 15, 20))
     for n in (15, 10):
         m.add("fewer Euler steps", f"{n} steps", lab.euler, steps=n)
     m.published_teacache()

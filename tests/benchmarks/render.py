@@ -145,6 +145,8 @@ def peers(results, table):
     rows = [row for row in vars(results["peers"]).values() if getattr(row, "table", "").replace(" ", "_") == table]
     if not rows:
         raise NotMeasured(table)
+    methods = list(dict.fromkeys(row.method for row in rows))
+    rows.sort(key=lambda row: methods.index(row.method))
     if table == "rounding":
         line = vars(results["peers"])["rounding_euler_uncached_30_steps"]
         head.append("to the line of rounding")
@@ -193,8 +195,10 @@ def front(results):
         "fewer steps": ("fewer_euler_steps_15_steps", "fewer_euler_steps_10_steps"),
         "second-order solver (Adams-Bashforth 2)": ("ab2_15_steps", "adams_bashforth_2_10_steps"),
         "the same at shift 1": ("ab2_at_shift_1_15_steps", None),
-        "TeaCache, threshold 0.3 / 0.15": ("teacache_v1_0_3", "teacache_0_15"),
-        "TeaCache, corrected": ("teacache_v1_corrected_0_3", "teacache_corrected_0_15"),
+        "TeaCache, threshold 0.3 (v1) / 0.15": ("teacache_v1_0_3", "teacache_0_15"),
+        "the same, corrected": ("teacache_v1_corrected_0_3", "teacache_corrected_0_15"),
+        "TeaCache, threshold 0.3 (v2)": ("teacache_v2_0_3", None),
+        "the same v2, corrected": ("teacache_v2_corrected_0_3", None),
         "EasyCache / DeepCache": ("easycache_about_15", "deepcache_interval_3_branch_0"),
         "ComfyUI-TeaCache": ("comfyui_teacache_about_15", None),
         "MagCache": ("magcache_about_15", None),
