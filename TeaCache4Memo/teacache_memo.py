@@ -16,7 +16,8 @@ velocity is extrapolated from the last two computed ones, v0 at time t0 and v1 a
 
     v(t) = v1 + a(g) (v1 - v0)        g = (t - t1) / (t1 - t0)        a(g) = g / (1 + DAMPING g)
 
-The first and the last step are always computed.
+The first and the last step are always computed. With a pipeline, the latents are corrected afterwards for what skipped
+steps got wrong, as soon as the next computed step shows it: see Corrector.
 
     python teacache_memo.py --input_image face.jpg --input_audio speech.wav  # or edit the constants below
 
@@ -429,8 +430,6 @@ class TeaCacheState:
 
     def is_over(self, timestep, conditioning, mark, layout):
         """Whether this call begins another generation, as far as calls alone can tell."""
-        if not self.timesteps:
-            return False
         if timestep < self.timesteps[-1] or self.was_interrupted:
             return True
         if self.step == 0 and self.is_last_step:  # of one step: the next may begin at the same timestep
@@ -454,12 +453,16 @@ class TeaCacheState:
         if self.rule is by_tolerance:
             self.measure_curvature()
         self.timesteps.append(timestep)
-        self.num_steps, self.settings, self.step_id, self.calls = num_steps, settings, step_id, 0
-        rule = None if self.is_last_step else settings.rule
+        self.num_steps = num_steps
+        self.settings = settings
+        self.step_id = step_id
+        self.calls = 0
+        rule = None if self.is_last_step else settings.rule  # the last step is always computed
         if rule is not self.rule or self.is_last_step:
             self.free()
         self.rule = rule
-        self.schedule.append(True if rule is None else None)
+        is_decided = rule is None
+        self.schedule.append(True if is_decided else None)
 
     def free(self):
         """Let go of all tensors: the last step uses none, and another rule uses others."""
@@ -469,10 +472,9 @@ class TeaCacheState:
     def find_branch(self, conditioning, mark, layout):
         """The branch of this call, or a new one. Equal calls of a step (tiles, say) are told apart by their order."""
         unused = [branch for branch in self.branches if branch.step != self.step and branch.layout == layout]
-        unused.sort(
-            key=lambda branch: branch.mark is not mark
-        )  # same objects first: comparing values waits for the GPU
-        for branch in unused:
+        same_mark = [branch for branch in unused if branch.mark is mark]
+        others = [branch for branch in unused if branch.mark is not mark]
+        for branch in same_mark + others:  # in this order, as comparing values waits for the GPU
             if branch.matches(conditioning):
                 branch.step = self.step
                 return branch
@@ -520,6 +522,9 @@ class Corrector:
     the velocity computed there says less about the skipped steps. The idea is that of the corrector of a multistep
     method, as in UniPC (arXiv 2302.04867), and for caches in PrediT (arXiv 2602.18093). Here it acts on the latents,
     after guidance, however the steps were skipped.
+
+    Only with a pipeline whose scheduler is FlowMatchEulerDiscreteScheduler, without stochastic_sampling: with any other,
+    or on a network alone, nothing is corrected. CORRECT = False switches it off.
     """
 
     def __init__(self):
@@ -606,7 +611,7 @@ class Clock:
         if not self.remaining:
             return False
         distances = [abs(t - timestep) for t in self.remaining]
-        return distances[0] == min(distances) and distances[0] < 0.002  # which is what bfloat16 rounds by
+        return distances[0] == min(distances) and distances[0] < 0.002  # more than rounding
 
     def end_step(self):
         """The scheduler has stepped."""
@@ -624,14 +629,21 @@ class Clock:
     def corrected(self, result, model_output, timestep, sample, *args, **kwargs):
         """What `scheduler.step` returned for these arguments, with the latents corrected."""
         cache = self.cache
-        if cache is None or cache.step_id != self.step_id:  # TeaCache has not seen this step
+        was_seen = cache is not None and cache.step_id == self.step_id
+        if not was_seen or kwargs.get("per_token_timesteps") is not None:
             self.corrector = Corrector()
             return result
         if not self.corrector.continues(sample, cache.calls):
             self.corrector = Corrector()
         i = self.scheduler.step_index - 1  # it has stepped already
-        step = model_output, self.sigmas[i], self.sigmas[i + 1], cache.schedule[-1], cache.calls
-        latents = self.corrector.correct(result[0], *step)
+        latents = self.corrector.correct(
+            latents=result[0],
+            velocity=model_output,
+            sigma=self.sigmas[i],
+            next_sigma=self.sigmas[i + 1],
+            is_computed=cache.schedule[-1],
+            calls=cache.calls,
+        )
         return (latents, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=latents)
 
 
@@ -663,7 +675,8 @@ def follow(scheduler):
 
 
 def unfollow(clock):
-    """Restore the two methods. If somebody has wrapped them since, ours stay inside, and nobody reads the clock."""
+    """Restore the two methods. If somebody has wrapped them since, ours stay inside, and do nothing but count."""
+    clock.cache, clock.sigmas = None, []
     for name in ("set_timesteps", "step"):
         wrapper = vars(clock.scheduler).get(name)
         if isinstance(wrapper, functools.partial) and wrapper.args[0] is clock:
@@ -685,29 +698,42 @@ def begin_call(model, timestep, conditioning, mark, latents):
         return cache, Branch(conditioning, mark, layout, step=None)
     if "teacache" not in vars(model):
         model.teacache = TeaCacheState()
-    cache, clock, settings = model.teacache, vars(model).get("teacache_clock"), read_settings(model)
-    watch_threads(cache)
-
-    # another generation?
-    is_new = clock is not None and clock.has_restarted
-    if is_new:
-        clock.start_at(timestep)
-    in_pipeline = clock is not None and clock.is_at(timestep)
-    if not is_new and not in_pipeline and cache.is_over(timestep, conditioning, mark, layout):
-        warn_of_steps(cache, timestep)
-        is_new = True
-    if is_new:
-        cache = model.teacache = TeaCacheState()
-
-    # another step?
-    if in_pipeline and cache.step_id != clock.step_id:
-        cache.begin_step(timestep, len(cache.timesteps) + len(clock.remaining), settings, clock.step_id)
-    elif not in_pipeline and timestep not in cache.timesteps[-1:]:
-        cache.begin_step(timestep, settings.num_steps, settings)
+    clock = vars(model).get("teacache_clock")
+    cache = find_generation(model, clock, timestep, conditioning, mark, layout)
+    find_step(cache, clock, timestep, read_settings(model))
     cache.calls += 1
     if clock is not None:
         clock.cache = cache
     return cache, cache.find_branch(conditioning, mark, layout)
+
+
+def find_generation(model, clock, timestep, conditioning, mark, layout):
+    """The running generation, or a new one: the timesteps were set, or the call is like none of the last step."""
+    cache = model.teacache
+    if clock is not None and clock.has_restarted:
+        clock.start_at(timestep)
+    elif clock is not None and clock.is_at(timestep):
+        watch_threads(cache)
+        return cache
+    elif cache.timesteps and not cache.is_over(timestep, conditioning, mark, layout):
+        watch_threads(cache)
+        return cache
+    elif cache.timesteps:
+        warn_of_steps(cache, timestep)
+    if clock is not None and not clock.is_at(timestep) and model.num_steps is None:
+        ran = f"the scheduler that it was applied with is not used; {NUM_INFERENCE_STEPS} steps are assumed"
+        warnings.warn(f"TeaCache: {ran}: apply it to the pipeline again", stacklevel=4)
+    model.teacache = TeaCacheState()
+    return model.teacache
+
+
+def find_step(cache, clock, timestep, settings):
+    """Begin another step: the scheduler has stepped or, on a network alone, the timestep is another one."""
+    if clock is not None and clock.is_at(timestep):
+        if cache.step_id != clock.step_id:
+            cache.begin_step(timestep, len(cache.timesteps) + len(clock.remaining), settings, clock.step_id)
+    elif not cache.timesteps or timestep != cache.timesteps[-1]:
+        cache.begin_step(timestep, settings.num_steps, settings)
 
 
 def warn_of_steps(cache, timestep):
@@ -722,8 +748,8 @@ def warn_of_steps(cache, timestep):
 
 
 def watch_threads(cache):
-    """Warn if another thread is in the middle of a generation."""
-    if cache.thread != threading.get_ident() and cache.timesteps and not cache.is_last_step:
+    """Warn if the running generation was begun by another thread."""
+    if cache.thread != threading.get_ident():
         warnings.warn("TeaCache: two threads use one network at a time; give each its own", stacklevel=4)
     cache.thread = threading.get_ident()
 
@@ -737,8 +763,8 @@ def apply_teacache(
     """Switch TeaCache on for a pipeline, or for its network alone, before or after offloading is enabled.
 
     model: with a pipeline, its scheduler tells where a generation begins and how many steps it has, from the next time
-    that its timesteps are set (a scheduler that is put in later is not followed), and skipped steps are corrected. With
-    the network alone, a generation begins where the timestep starts over: `num_steps` must be the number of steps, and
+    that its timesteps are set (a scheduler that is put in later is not followed), and skipped steps are corrected, see
+    Corrector. With the network alone, a generation begins where the timestep starts over: `num_steps` must be the number of steps, and
     after a generation that was stopped in its first step TeaCache must be applied again.
     num_steps: for the network alone.
     rel_l1_thresh, computed_steps (a number, or a list of steps), tolerance: at most one; the default is the constants.
@@ -751,6 +777,8 @@ def apply_teacache(
     if network is model and num_steps is None:
         num_steps = NUM_INFERENCE_STEPS
     check_settings(num_steps, rel_l1_thresh, computed_steps, tolerance, coefficients)
+    if network is not model and not hasattr(getattr(model, "scheduler", None), "set_timesteps"):
+        raise ValueError(f"this {type(model).__name__} has no scheduler: give its {NETWORK} alone, with num_steps")
     remove_teacache(model)
     put_forward(network)
     network.enable_teacache = True
@@ -780,16 +808,18 @@ def remove_teacache(model):
         vars(network).pop(name, None)
     if was_applied and not slots and "forward" in vars(network):
         network.teacache_is_wrapped = True  # in a wrapper of somebody else's: it computes every step from now on
+    if not was_applied and getattr(type(network), "enable_teacache", False):
+        network.enable_teacache = False  # it was on by the class only
     return model
 
 
 def find_network(model):
     """The network of a pipeline, or the network itself. Its forward has the parameters of ours."""
     network = model if isinstance(model, torch.nn.Module) else getattr(model, NETWORK, None)
+    is_module = isinstance(network, torch.nn.Module)
     ours = inspect.signature(teacache_forward).parameters
-    if not isinstance(network, torch.nn.Module) or not set(ours) <= set(
-        inspect.signature(type(network).forward).parameters
-    ):
+    theirs = inspect.signature(type(network).forward).parameters if is_module else ()
+    if not set(ours) <= set(theirs):
         name = type(model if network is None else network).__name__
         raise ValueError(
             f"TeaCache is for a pipeline or its {NETWORK}, as it was loaded, not for {name} "

@@ -64,6 +64,19 @@ def test_the_way_of_class_attributes(machine, patched_class, monkeypatch):
     assert equal(machine.denoise(model, jobs[0]), machine.denoise(machine.stock(model), jobs[0]))
 
 
+def test_removed_from_one_instance_of_a_patched_class(machine, patched_class):
+    """Its class keeps the forward and the settings: it is switched off, until it is applied again."""
+    model, other, job = machine.model(), machine.model(1), machine.job()
+    stock = machine.denoise(machine.stock(model), job)
+    machine.script.remove_teacache(model)
+    assert equal(machine.denoise(model, job), stock)
+    machine.denoise(other, job)
+    assert False in other.teacache.schedule
+    machine.apply(model, computed_steps=3)
+    machine.denoise(model, job)
+    assert sum(model.teacache.schedule) == 3
+
+
 def test_class_attributes_and_constants(machine, patched_class, monkeypatch):
     """A class that sets one limit goes before the constants; a budget goes before a threshold, an instance before both."""
     model, job = machine.model(), machine.job()

@@ -369,18 +369,15 @@ def test_any_mix(machine):
 
 
 def test_threads_that_share_a_network(loop):
-    """Warned of: one begins while the other runs. One after the other they are no matter."""
+    """Warned of in the middle of a generation. One after the other they are no matter, also after a stop."""
 
-    def in_thread(**kwargs):
+    def in_thread(function, *args, **kwargs):
         caught = []
 
         def run():
-            with warnings.catch_warnings(record=True) as seen:
+            with warnings.catch_warnings(record=True) as seen, torch.no_grad():
                 warnings.simplefilter("always")
-                try:
-                    loop.draw(**kwargs)
-                except Stopped:
-                    pass
+                function(*args, **kwargs)
                 caught.extend(str(w.message) for w in seen)
 
         thread = threading.Thread(target=run)
@@ -390,10 +387,37 @@ def test_threads_that_share_a_network(loop):
 
     loop.apply(computed_steps=4)
     loop.draw()
-    assert in_thread() == in_thread() == []
+    assert in_thread(loop.draw) == []
     stopped(loop, 4)
-    assert len(in_thread()) == 1, "this one has not finished"
-    assert in_thread() == []
+    assert in_thread(loop.draw) == []
+    loop.scheduler.set_timesteps(8)
+    latents, (first, second, *_) = loop.latents(0), loop.scheduler.timesteps
+    with torch.no_grad():
+        loop.scheduler.step(loop.call(latents, first), first, latents)
+    assert len(in_thread(loop.call, latents, second)) == 1
+
+
+@pytest.mark.parametrize("how", ["copied", "another scheduler"])
+def test_a_scheduler_that_is_not_used_is_told(loop, how):
+    """Without num_steps, where a network goes on under another scheduler."""
+    loop.apply(computed_steps=4)
+    if how == "copied":
+        other = Loop(loop.machine, model=copy.deepcopy(loop.model))
+    else:
+        other, loop.scheduler = loop, FlowMatchEulerDiscreteScheduler(shift=2.0)
+    with pytest.warns(UserWarning, match="is not used; .* steps are assumed: apply it to the pipeline again"):
+        other.draw()
+    other.apply(computed_steps=4)
+    other.draw()
+    assert sum(other.schedule) == 4 and len(other.schedule) == 8
+
+
+def test_a_pipeline_without_a_scheduler(machine):
+    model = machine.model()
+    before = set(vars(model))
+    with pytest.raises(ValueError, match="has no scheduler"):
+        machine.script.apply_teacache(SimpleNamespace(**{machine.script.NETWORK: model}, scheduler=None))
+    assert set(vars(model)) == before
 
 
 def test_a_large_change_is_computed(machine, monkeypatch):
