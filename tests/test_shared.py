@@ -10,7 +10,13 @@ from conftest import ROOT
 FOLDERS = "TeaCache4LuminaT2X", "TeaCache4Memo"
 SCRIPTS = "TeaCache4LuminaT2X/teacache_lumina2.py", "TeaCache4Memo/teacache_memo.py"
 OWN = "REL_L1_THRESH COMPUTED_STEPS NUM_INFERENCE_STEPS SEED MODEL NETWORK COEFFICIENTS teacache_forward".split()
-OWN += ["parse_args", "load_pipeline", "generate", "main"]  # what each script has of its own, under one name
+OWN += [
+    "WHICH_SETTING",
+    "parse_args",
+    "load_pipeline",
+    "generate",
+    "main",
+]  # what each script has of its own, under one name
 SHARED = (
     "should_calc by_threshold by_budget by_tolerance relative_l1 rescale Branch Settings TeaCacheState Clock".split()
 )
