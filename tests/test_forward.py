@@ -107,6 +107,17 @@ def test_gradients_are_the_stock_ones(model, checkpointing):
     assert model.teacache.schedule == [] and tensors_in(model.teacache) == []
 
 
+def test_gradient_checkpointing_runs_a_block_again_for_its_gradients(model):
+    """As in stock: what is between is not kept."""
+    calls = []
+    model.train()
+    model.enable_gradient_checkpointing()
+    apply_teacache(model, 10, rel_l1_thresh=100.0, coefficients=IDENTITY)
+    model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    once(model)[0].sum().backward()
+    assert len(calls) == 2
+
+
 # --- what a skipped step runs -----------------------------------------------------------
 
 
