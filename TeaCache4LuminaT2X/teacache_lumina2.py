@@ -779,12 +779,13 @@ def remove_teacache(model):
     if (network, "forward") in slots:
         del network.forward  # the class has it
     was_applied = "enable_teacache" in vars(network) or "teacache_is_wrapped" in vars(network)
+    was_on = was_applied and vars(network).get("enable_teacache", True)
     for name in (*Settings._fields, "enable_teacache", "teacache", "teacache_clock", "teacache_is_wrapped"):
         vars(network).pop(name, None)
     if was_applied and not slots and "forward" in vars(network):
         network.teacache_is_wrapped = True  # in a wrapper of somebody else's: it computes every step from now on
-    if not was_applied and getattr(type(network), "enable_teacache", False):
-        network.enable_teacache = False  # it was on by the class only
+    if not was_on and getattr(type(network), "enable_teacache", False):
+        network.enable_teacache = False  # the class has it on
     return model
 
 

@@ -68,8 +68,9 @@ def test_removed_from_one_instance_of_a_patched_class(machine, patched_class):
     """Its class keeps the forward and the settings: it is switched off, until it is applied again."""
     model, other, job = machine.model(), machine.model(1), machine.job()
     stock = machine.denoise(machine.stock(model), job)
-    machine.script.remove_teacache(model)
-    assert equal(machine.denoise(model, job), stock)
+    for _ in range(2):
+        machine.script.remove_teacache(model)
+        assert equal(machine.denoise(model, job), stock)
     machine.denoise(other, job)
     assert False in other.teacache.schedule
     machine.apply(model, computed_steps=3)
