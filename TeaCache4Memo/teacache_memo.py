@@ -24,7 +24,7 @@ steps got wrong, as soon as the next computed step shows it: see Corrector.
     from TeaCache4Memo.teacache_memo import apply_teacache                   # importing changes nothing
     apply_teacache(pipeline, rel_l1_thresh=0.15)
     video = pipeline(...)                                                    # memo's VideoPipeline: one clip
-    print(pipeline.diffusion_net.teacache)                                   # 11 of 20 steps computed: X.X.X..X.X...
+    print(pipeline.diffusion_net.teacache)                                   # 11 of 20 steps computed: X.X.X.X.X.X.X...
 """
 
 import argparse
