@@ -523,8 +523,8 @@ class Corrector:
     method, as in UniPC (arXiv 2302.04867), and for caches in PrediT (arXiv 2602.18093). Here it acts on the latents,
     after guidance, however the steps were skipped.
 
-    Only with a pipeline whose scheduler is FlowMatchEulerDiscreteScheduler, without stochastic_sampling: with any other,
-    or on a network alone, nothing is corrected. CORRECT = False switches it off.
+    Only with a pipeline whose scheduler is FlowMatchEulerDiscreteScheduler, without stochastic_sampling: with any
+    other, or on a network alone, nothing is corrected. CORRECT = False switches it off.
     """
 
     def __init__(self):
@@ -764,8 +764,8 @@ def apply_teacache(
 
     model: with a pipeline, its scheduler tells where a generation begins and how many steps it has, from the next time
     that its timesteps are set (a scheduler that is put in later is not followed), and skipped steps are corrected, see
-    Corrector. With the network alone, a generation begins where the timestep starts over: `num_steps` must be the number of steps, and
-    after a generation that was stopped in its first step TeaCache must be applied again.
+    Corrector. With the network alone, a generation begins where the timestep starts over: `num_steps` must be the
+    number of steps, and after a generation that was stopped in its first step TeaCache must be applied again.
     num_steps: for the network alone.
     rel_l1_thresh, computed_steps (a number, or a list of steps), tolerance: at most one; the default is the constants.
     coefficients: of the polynomial for rel_l1_thresh, highest power first.
