@@ -1,6 +1,6 @@
 """Compare TeaCache settings for Lumina-Image-2.0: one strip of images, a JSON file beside it, and a Markdown table.
 
-    python compare_lumina2.py                                   # 0.3, 15 and 10 of 30 steps, 15 of 100
+    python compare_lumina2.py                                   # an easy prompt and a hard one, many and few passes
     python compare_lumina2.py --rel-l1-thresh 0.1 0.2 0.3 --computed-steps 15 --tolerance 0.003
 
 Each image is compared with the original, which is not cached. Seconds are the median of --repeats runs. Both files are
@@ -25,7 +25,9 @@ if __package__:
 else:
     import teacache_lumina2
 
-BUDGETS = [(15, None), (10, None), (15, 100)]  # (computed steps, all steps; None: --num-inference-steps)
+PROMPTS = [teacache_lumina2.PROMPT, "penguin with umbrella"]
+THRESHOLDS = [0.3, 0.9]  # the second one computes about 8 of 30 steps of the bundled model
+BUDGETS = [(15, None), (8, None), (8, 8)]  # (computed steps, all steps; None: --num-inference-steps)
 
 
 def budget(text):
@@ -41,10 +43,10 @@ def parse_args(argv=None):
 
     def extend(parser):
         add = parser.add_argument
-        add("--prompt", nargs="+", dest="prompts", default=[teacache_lumina2.PROMPT], help="one row of images each")
-        add("--rel-l1-thresh", nargs="*", type=float, dest="thresholds", default=[0.3], metavar="T")
+        add("--prompt", nargs="+", dest="prompts", default=PROMPTS, help="one row of images each")
+        add("--rel-l1-thresh", nargs="*", type=float, dest="thresholds", default=THRESHOLDS, metavar="T")
         add("--tolerance", nargs="*", type=float, dest="tolerances", default=[], metavar="T")
-        some = {"nargs": "*", "metavar": "K", "help": "such as 15, or 15/100"}
+        some = {"nargs": "*", "metavar": "K", "help": "such as 15, or 15/100; 8/8: plain steps"}
         add("--computed-steps", type=budget, dest="budgets", default=BUDGETS, **some)
         add("--repeats", type=int, default=3, help="timed runs of each image")
         parser.set_defaults(prompt=None, rel_l1_thresh=None, computed_steps=None, tolerance=None, parser=parser)
@@ -79,7 +81,8 @@ def name(column):
         return f"threshold {column['rel_l1_thresh']:g}" if column["rel_l1_thresh"] else "original"
     if column["tolerance"] is not None:
         return f"tolerance {column['tolerance']:g}"
-    return f"{column['computed_steps']} of {column['num_inference_steps']} steps"
+    computed, steps = column["computed_steps"], column["num_inference_steps"]
+    return f"{computed} plain steps" if computed == steps else f"{computed} of {steps} steps"
 
 
 def cells(entry):
@@ -112,7 +115,7 @@ def strip(rows):
 
 
 def compare(args, keep=lambda rows: None):
-    """Draw and time all columns for all prompts. Returns rows of (PIL image, entry); `keep` gets them after each image."""
+    """Draw and time all columns for all prompts: rows of (PIL image, entry), which `keep` gets after each image."""
     pipeline, rows = teacache_lumina2.load_pipeline(args), []
 
     def draw(label, **settings):

@@ -8,9 +8,10 @@ from the last computed steps j and i (before j), with sigmas s and velocities v,
     cost of the gap = norm of the sum of (s[m+1] - s[m]) (extrapolated(s[m]) - v[m]) over its skipped steps m
 
 Dynamic programming finds the schedule of the least total cost. Four other prompts then prove it: they are drawn without
-a cache, with the steps spread evenly, and with the plan. The line to paste into teacache_lumina2.py is printed only if
-the plan comes closer to the original there. A plan is for one number of steps, scheduler and guidance: plan again if
-they change. Takes the flags of teacache_lumina2.py as well, but draws other images than --prompt.
+a cache, with the steps that the script chooses by default, and with the plan. The line to paste into
+teacache_lumina2.py is printed only if the plan comes closer to the original there. A plan is for one number of steps,
+scheduler and guidance: plan again if they change. Takes the flags of teacache_lumina2.py as well, but draws other
+images than --prompt.
 """
 
 import functools
@@ -173,30 +174,30 @@ def make_plan(pipeline, args, bar):
 
 
 def measure(pipeline, args, plan, bar):
-    """PSNR of the even spread and of the plan, each a list over the proving prompts, and the even schedule."""
-    evenly, planned = [], []
+    """PSNR of the default choice and of the plan, each a list over the proving prompts, and the default schedule."""
+    default, planned = [], []
     for job in args.proving:
         original = draw(pipeline, args, job)
-        evenly.append(psnr(draw(pipeline, args, job, args.computed_steps), original))
+        default.append(psnr(draw(pipeline, args, job, args.computed_steps), original))
         schedule = pipeline.transformer.teacache.schedule
         planned.append(psnr(draw(pipeline, args, job, plan), original))
         bar.update()
-    return evenly, planned, schedule
+    return default, planned, schedule
 
 
-def report(evenly, planned, schedule, plan, about):
+def report(default, planned, schedule, plan, about):
     """The lines to print."""
 
     def row(name, computed, values):
         marks = "".join("X" if step in computed else "." for step in range(len(schedule)))
         return f"{name:7} {marks} {np.mean(values):.1f} dB (least {min(values):.1f})"
 
-    yield row("evenly", [step for step, computed in enumerate(schedule) if computed], evenly)
+    yield row("default", [step for step, computed in enumerate(schedule) if computed], default)
     yield row("planned", plan, planned)
-    if np.mean(planned) > np.mean(evenly):
-        yield f"COMPUTED_STEPS = {plan}  # {about}: {np.mean(planned):.1f} dB, evenly {np.mean(evenly):.1f}"
+    if np.mean(planned) > np.mean(default):
+        yield f"COMPUTED_STEPS = {plan}  # {about}: {np.mean(planned):.1f} dB, default {np.mean(default):.1f}"
     else:
-        yield "The plan is not closer to the original than the even spread: nothing to paste."
+        yield "The plan is not closer to the original than the default choice: nothing to paste."
 
 
 def main(argv=None):
@@ -209,8 +210,8 @@ def main(argv=None):
     )
     with tqdm(total=PLANNING + PROVING, unit="prompt") as bar:
         plan = make_plan(pipeline, args, bar)
-        evenly, planned, schedule = measure(pipeline, args, plan, bar)
-    print(*report(evenly, planned, schedule, plan, about), sep="\n")
+        default, planned, schedule = measure(pipeline, args, plan, bar)
+    print(*report(default, planned, schedule, plan, about), sep="\n")
 
 
 if __name__ == "__main__":

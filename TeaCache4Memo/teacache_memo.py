@@ -241,19 +241,14 @@ def by_threshold(cache):
 
 
 def by_budget(cache):
-    """Compute exactly `computed_steps` steps: those that are left are spread evenly over the rest of the generation."""
-    step, left = cache.step, cache.settings.computed_steps - cache.schedule.count(True)
-    if step == 0:
+    """Compute exactly `computed_steps` steps, those that `spread` chooses when the second step begins."""
+    computed = [step for step, was_computed in enumerate(cache.schedule) if was_computed]
+    if not computed:  # the first step
         return True
-    if cache.num_steps - step <= left:  # all that are still to come
-        return True
-    if left <= 1:  # kept for the last step
-        return False
-    position = cache.positions()
-    pace = position[step] - position[step - 1]
-    last_computed = max(p for p, computed in zip(position, cache.schedule) if computed)
-    last_step = 1 - pace  # if the pace stays
-    return position[step] + pace / 2 >= last_computed + (last_step - last_computed) / left
+    budget = cache.settings.computed_steps
+    if len(cache.plan) != budget or cache.plan[: len(computed)] != computed:  # none yet, or a step had to be computed
+        cache.plan = computed + spread(cache.all_timesteps(), computed[-1], budget - len(computed))
+    return cache.step in cache.plan
 
 
 def by_plan(cache):
@@ -274,6 +269,50 @@ def by_tolerance(cache):
         if t > computed[-1]:
             expected_error += (t - previous) * cache.curvature * (t - computed[-1]) ** 2
     return not expected_error < cache.settings.tolerance
+
+
+def spread(timesteps, last_computed, count):
+    """The `count` steps to compute after `last_computed`, the last step among them, with the least sum of errors.
+
+    The error of a skipped step is taken as its length times the square of the way since the last computed step, as in
+    by_tolerance. The way is the time, mixed with the share of the steps: a scheduler has short steps where they matter
+    for its model. The choice is exact, by dynamic programming.
+    """
+    steps = len(timesteps)
+    times = np.clip(np.nan_to_num(timesteps), 0, 1)
+    times = (times - times[0]) / ((1 - times[0]) or 1)
+    way = (0.75 * steps * times + 0.25 * np.arange(steps))[last_computed:]  # in mean steps
+    count = min(count, len(way) - 1)
+    if count < 1:
+        return []
+    errors = np.diff(way, append=steps) * np.triu(way - way[:, None]) ** 2  # [j, m]: of step m, if j was computed
+    gaps = np.rint(1e4 * (np.cumsum(errors, axis=1) - errors))  # [j, k]: of all steps between; whole, for equal sums
+    gaps[np.tril_indices(len(way))] = math.inf
+    least, before = gaps[0], []  # [k]: least sum of errors up to k, and the computed step before k
+    for _ in range(count - 1):
+        sums = least[:, None] + gaps
+        least = sums.min(axis=0)
+        before.append(sums.argmin(axis=0))
+    chosen = [len(way) - 1]
+    for previous in reversed(before):
+        chosen.append(previous[chosen[-1]])
+    return [last_computed + int(step) for step in reversed(chosen)]
+
+
+def shifted_timesteps(timesteps, num_steps):
+    """All timesteps of a generation from those so far, as a flow-matching scheduler spaces them.
+
+    Where the share g of the steps is left, its sigma is shift g / (1 + (shift - 1) g), times the sigma of the first
+    step. The current timestep tells the shift.
+    """
+    done = len(timesteps) - 1
+    left = 1 - done / num_steps
+    first_sigma = (1 - timesteps[0]) or 1.0
+    sigma = (1 - timesteps[-1]) / first_sigma
+    shift = sigma * (1 - left) / (left * (1 - sigma)) if 0 < sigma < 1 else 1.0
+    g = 1 - np.arange(done + 1, num_steps) / num_steps
+    sigmas = first_sigma * shift * g / (1 + (shift - 1) * g)
+    return [*timesteps, *(1 - sigmas)]
 
 
 def extrapolate(points, t):
@@ -389,7 +428,9 @@ class TeaCacheState:
     def __init__(self):
         self.timesteps = []  # of the steps so far: 0 is noise, 1 the image
         self.schedule = []  # one entry a step: True if computed, False if skipped, None while not decided
+        self.upcoming = None  # timesteps of the steps to come; None: a network alone does not know them
         self.num_steps = None  # of the whole generation
+        self.plan = []  # with a number of computed steps: which they are
         self.settings = None  # those of the running step
         self.rule = None  # by_threshold, by_budget, by_plan or by_tolerance; None: every step is computed
         self.accumulated_rel_l1_distance = 0.0  # since the last computed step
@@ -422,11 +463,11 @@ class TeaCacheState:
         """In the first call of a step, with a threshold."""
         return self.rule is by_threshold and self.schedule[-1] is None
 
-    def positions(self):
-        """How far each step is, from 0 to 1: the mean of its share of the steps and its share of the time."""
-        start = self.timesteps[0]
-        span = (1 - start) or 1.0
-        return [(i / self.num_steps + (t - start) / span) / 2 for i, t in enumerate(self.timesteps)]
+    def all_timesteps(self):
+        """Also of the steps to come: known from the scheduler of a pipeline, or else as is usual."""
+        if self.upcoming is None:
+            return shifted_timesteps(self.timesteps, self.num_steps)
+        return self.timesteps + self.upcoming
 
     def is_over(self, timestep, conditioning, mark, layout):
         """Whether this call begins another generation, as far as calls alone can tell."""
@@ -446,13 +487,14 @@ class TeaCacheState:
         last = [branch for branch in self.branches if branch.step == self.step and branch.layout == layout]
         return any(branch.mark is mark or branch.matches(conditioning) for branch in last)
 
-    def begin_step(self, timestep, num_steps, settings, step_id=None):
+    def begin_step(self, timestep, num_steps, settings, step_id=None, upcoming=None):
         if settings.rule is by_plan:
             check_plan(settings.computed_steps, num_steps)
         self.branches = [branch for branch in self.branches if branch.step == self.step]  # the others have ended
         if self.rule is by_tolerance:
             self.measure_curvature()
         self.timesteps.append(timestep)
+        self.upcoming = upcoming
         self.num_steps = num_steps
         self.settings = settings
         self.step_id = step_id
@@ -731,7 +773,8 @@ def find_step(cache, clock, timestep, settings):
     """Begin another step: the scheduler has stepped or, on a network alone, the timestep is another one."""
     if clock is not None and clock.is_at(timestep):
         if cache.step_id != clock.step_id:
-            cache.begin_step(timestep, len(cache.timesteps) + len(clock.remaining), settings, clock.step_id)
+            num_steps = len(cache.timesteps) + len(clock.remaining)
+            cache.begin_step(timestep, num_steps, settings, clock.step_id, upcoming=clock.remaining[1:])
     elif not cache.timesteps or timestep != cache.timesteps[-1]:
         cache.begin_step(timestep, settings.num_steps, settings)
 

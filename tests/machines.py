@@ -1,5 +1,7 @@
 """Both scripts by one interface, and an oracle: TeaCache written a second time, around the stock forward."""
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -142,16 +144,27 @@ class Memo(Machine):
         return 1 - sum(times) / len(times) / 1000
 
 
-def is_due(times, schedule, num_steps, wanted):
-    """The choice of steps for a budget, written a second time."""
-    step, left = len(times) - 1, wanted - sum(schedule)
-    if step in (0, num_steps - 1) or num_steps - step <= left:
-        return True
-    if left <= 1:
-        return False
-    way = np.arange(step + 1) / num_steps / 2 + (np.array(times) - times[0]) / (1 - times[0] or 1.0) / 2
-    last, pace = way[np.flatnonzero(schedule).max()], way[step] - way[step - 1]
-    return bool(way[step] + pace / 2 >= last + (1 - pace - last) / left)
+def expected_times(times, num_steps):
+    """Of all steps, where only those so far are known. The odds of sigma are the shift times those of the steps left."""
+    start, odds = (1 - times[0]) or 1.0, lambda x: x / (1 - x)
+    sigma, step = (1 - times[-1]) / start, len(times) - 1
+    shift = odds(sigma) / odds(1 - step / num_steps) if 0 < sigma < 1 else 1.0
+    later = [shift * odds(1 - i / num_steps) for i in range(step + 1, num_steps)]
+    return [*times, *(1 - start * x / (1 + x) for x in later)]
+
+
+def choose_steps(times, last, count):
+    """The choice of steps for a budget, written a second time: all are tried. Of equal ones, the earliest at the end."""
+    steps = len(times)
+    way = [0.75 * steps * (t - times[0]) / ((1 - times[0]) or 1.0) + 0.25 * i for i, t in enumerate(times)] + [steps]
+
+    def error(j, k):
+        return round(1e4 * sum((way[m + 1] - way[m]) * (way[m] - way[j]) ** 2 for m in range(j + 1, k)))
+
+    choices = itertools.combinations(range(last + 1, steps - 1), min(count, steps - 1 - last) - 1) if count else ()
+    sums = {chosen: sum(map(error, (last, *chosen), (*chosen, steps - 1))) for chosen in choices}
+    best = min(sums, key=lambda chosen: (sums[chosen], chosen[::-1]), default=None)
+    return [] if best is None else [*best, steps - 1]
 
 
 def rescale(poly, change):
@@ -173,7 +186,7 @@ class Oracle:
         self.thresh, self.poly = rel_l1_thresh, np.poly1d(coefficients)
         self.tolerance, self.errors = tolerance, {}  # step: the largest error of its forecasts
         self.schedule, self.times, self.changes, self.branches, self.accumulated = [], [], [], {}, 0.0
-        self.last, self.where = (None, None), None
+        self.last, self.where, self.chosen = (None, None), None, None
 
     def at(self, step, branch, count):
         self.where = step, branch
@@ -222,6 +235,14 @@ class Oracle:
         g = (time - t1) / (t1 - t0)
         return output + (output - before) * (g / (1 + DAMPING * g))
 
+    def is_due(self, step):
+        """Whether a budget has this step: chosen once, and again if another one had to be computed."""
+        done = [i for i, computed in enumerate(self.schedule) if computed]
+        if self.chosen is None or self.chosen[: len(done)] != done:
+            times = expected_times(self.times, self.num_steps)
+            self.chosen = done + choose_steps(times, done[-1], self.budget - len(done))
+        return step in self.chosen
+
     def is_wrong(self, step):
         """Whether the errors that are expected since the last computed step add up to the tolerance."""
         at = [i for i, computed in enumerate(self.schedule) if computed]
@@ -240,7 +261,7 @@ class Oracle:
         (decider, old), self.last = self.last, (branch, signal)
         compute = step == 0 or step >= self.num_steps - 1 or needed or self.thresh == 0
         if not compute and self.budget is not None:
-            compute = is_due(self.times, self.schedule, self.num_steps, self.budget)
+            compute = self.is_due(step)
         elif not compute and self.tolerance is not None:
             compute = self.is_wrong(step)
         elif not compute:

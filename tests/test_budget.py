@@ -1,5 +1,6 @@
 """The rules of a budget and of a tolerance, the polynomial and the extrapolation, on numbers alone."""
 
+import itertools
 import math
 
 import numpy as np
@@ -57,11 +58,13 @@ def test_exactly_as_many_as_wanted(machine):
 
 
 CHOSEN = {  # (shift, computed steps): of 30 steps
-    (2.0, 20): "0 2 4 6 8 10 12 14 16 17 18 19 20 22 23 24 25 26 28 29",
-    (2.0, 15): "0 3 6 8 10 12 14 16 18 20 22 24 26 28 29",
-    (2.0, 10): "0 4 8 12 16 19 22 25 27 29",
-    (6.0, 15): "0 4 7 10 13 16 19 21 23 24 25 26 27 28 29",
-    (6.0, 10): "0 5 10 15 19 22 25 27 28 29",
+    (2.0, 20): "0 2 4 6 8 10 12 14 16 18 20 21 22 23 24 25 26 27 28 29",
+    (2.0, 15): "0 3 6 9 11 13 15 17 19 21 23 25 27 28 29",
+    (2.0, 10): "0 5 9 13 16 19 22 25 27 29",
+    (6.0, 15): "0 4 8 11 14 17 19 21 23 24 25 26 27 28 29",
+    (6.0, 10): "0 6 11 16 20 23 25 27 28 29",
+    (1.0, 15): "0 2 4 6 8 10 12 14 16 18 20 22 24 26 29",
+    (0.33, 10): "0 2 4 6 8 11 14 18 23 29",
 }
 
 
@@ -70,6 +73,48 @@ def test_the_choice_itself(machine, shift, budget):
     """Pinned: published figures were measured with these."""
     schedule = choose(machine, scheduler_times(30, shift), budget)
     assert " ".join(str(i) for i, computed in enumerate(schedule) if computed) == CHOSEN[shift, budget]
+
+
+def sum_of_errors(times, computed):
+    """What the choice is for: the length of each skipped step times the square of the way since the last computed one."""
+    steps, start = len(times), times[0]
+    way = [0.75 * steps * (t - start) / (1 - start or 1) + 0.25 * i for i, t in enumerate(times)] + [steps]
+    total, last = 0.0, 0
+    for step in range(1, steps):
+        last = step if step in computed else last
+        total += (way[step + 1] - way[step]) * (way[step] - way[last]) ** 2
+    return total
+
+
+def test_no_other_choice_is_better(machine):
+    """Of as many steps, the last one among them."""
+
+    @given(st.lists(st.floats(0.0, 0.99), min_size=2, max_size=9, unique=True).map(sorted), st.integers(1, 8))
+    def check(times, count):
+        count = min(count, len(times) - 1)
+        chosen = machine.script.spread(times, 0, count)
+        assert chosen == sorted(set(chosen)) and len(chosen) == count
+        assert chosen[0] > 0 and chosen[-1] == len(times) - 1
+        others = itertools.combinations(range(1, len(times) - 1), count - 1)
+        best = min(sum_of_errors(times, (0, *other, len(times) - 1)) for other in others)
+        assert sum_of_errors(times, (0, *chosen)) <= best + 1e-3
+
+    check()
+
+
+@pytest.mark.parametrize("shift", [0.33, 1.0, 2.0, 6.0])
+@pytest.mark.parametrize("first", [0, 4])
+def test_timesteps_to_come(machine, shift, first):
+    """A network alone works out those of a flow-matching scheduler from the first two, also of image to image."""
+    sigmas = 1 - np.array(scheduler_times(20, shift))
+    times = list(1 - (1 - first / 10) * sigmas)
+    for known in (2, 3, 10, 20):
+        assert machine.script.shifted_timesteps(times[:known], 20) == pytest.approx(times, abs=1e-4)
+
+
+@pytest.mark.parametrize("times", [[0, 0], [1, 1], [0.3, 0.1], [0, 1], [math.nan, 0.1], [0, math.inf]], ids=str)
+def test_timesteps_to_come_after_senseless_ones(machine, times):
+    assert len(machine.script.shifted_timesteps(times, 5)) == 5
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

@@ -27,6 +27,14 @@ class Stopped(Exception):
     pass
 
 
+def set_timesteps(scheduler, steps):
+    """As Lumina2Pipeline does, where the scheduler can."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    else:
+        scheduler.set_timesteps(steps)
+
+
 class Loop:
     """A pipeline of a network and a scheduler: it draws without guidance, one or more latents at a time."""
 
@@ -49,7 +57,7 @@ class Loop:
     @torch.no_grad()
     def draw(self, steps=8, start=0, seeds=(0,), stop=None, job=None, euler=False):
         """The last latents. start: the first step; several seeds: that many calls of each step; stop: before this step."""
-        self.scheduler.set_timesteps(steps)
+        set_timesteps(self.scheduler, steps)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(start)
         latents = [self.latents(seed) for seed in seeds]
@@ -113,6 +121,21 @@ def test_num_steps_is_not_needed(loop, way, uncorrected):
             assert equal(found, alone.draw(steps)) and loop.schedule == alone.schedule
             assert len(loop.schedule) == steps and loop.schedule[0] and loop.schedule[-1]
             assert tensors_in(loop.model.teacache) == []
+
+
+@pytest.mark.parametrize("start", [0, 4])
+def test_steps_to_come_are_not_guessed(loop, start):
+    """Computed steps are chosen for the timesteps that the scheduler has, whatever they are."""
+    sigmas = np.array([1.0, 0.97, 0.96, 0.95, 0.94, 0.93, 0.6, 0.5, 0.45, 0.3, 0.1, 0.05])
+    stock = loop.scheduler.set_timesteps
+    loop.scheduler.set_timesteps = lambda **_: stock(sigmas=sigmas)
+    loop.apply(computed_steps=5)
+    loop.draw(12, start=start)
+    times = [1 - t.item() / 1000 for t in loop.scheduler.timesteps[start:]]
+    chosen = [0, *loop.machine.script.spread(times, 0, 4)]
+    assert [step for step, computed in enumerate(loop.schedule) if computed] == chosen
+    guessed = loop.machine.script.shifted_timesteps(times[:2], len(times))
+    assert chosen != [0, *loop.machine.script.spread(guessed, 0, 4)]
 
 
 @pytest.mark.parametrize("steps", [12, 5, 4, 3, 1])
@@ -317,7 +340,7 @@ def test_two_images_of_two_prompts_in_lockstep(machine):
     loop = Loop(machine)
     machine.script.apply_teacache(loop.model, 8, **way)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    scheduler.set_timesteps(8)
+    set_timesteps(scheduler, 8)
     latents = [loop.latents(seed) for seed in (0, 1)]
     with torch.no_grad():
         for i, t in enumerate(scheduler.timesteps):

@@ -22,8 +22,9 @@ def test_columns():
         found = parse_args(["--model", str(BUNDLED), *flags]).columns
         return [(c["rel_l1_thresh"], c["computed_steps"], c["num_inference_steps"]) for c in found]
 
-    default = [(t, None, 30) for t in (0.0, 0.3)]
-    assert columns() == [*default, (None, 15, 30), (None, 10, 30), (None, 15, 100)]
+    default = [(t, None, 30) for t in (0.0, 0.3, 0.9)]
+    assert columns() == [*default, (None, 15, 30), (None, 8, 30), (None, 8, 8)]
+    assert parse_args(["--model", str(BUNDLED)]).prompts == [teacache_lumina2.PROMPT, "penguin with umbrella"]
     some = columns("--rel-l1-thresh", "0.2", "0", "0.2", "--computed-steps", "15", "15/100")
     assert some == [(0.0, None, 30), (0.2, None, 30), (None, 15, 30), (None, 15, 100)]
     assert columns("--rel-l1-thresh", "--computed-steps") == [(0.0, None, 30)]
@@ -53,6 +54,7 @@ def entry(**more):
 
 def test_captions():
     assert caption(entry()) == ("15 of 30 steps", "1.00 s, 2.00x", "15 computed", "PSNR 31.2 dB")
+    assert caption(entry(computed_steps=30))[0] == "30 plain steps"
     assert caption(entry(rel_l1_thresh=0.2))[0] == "threshold 0.2"
     assert caption(entry(tolerance=0.003))[0] == "tolerance 0.003"
     assert caption(entry(rel_l1_thresh=0.0, psnr=math.inf))[::3] == ("original", "")
@@ -149,9 +151,9 @@ def test_median_and_names_of_bars(fake, tmp_path, monkeypatch):
     fake.seconds = [9, 2, 7, 1, 5, 3, 1]
     kept = []
     monkeypatch.setattr(compare_lumina2, "write", lambda args, rows: kept.append([list(row) for row in rows]))
-    main([*FAST, "--rel-l1-thresh", "--computed-steps", "4", "--output", str(tmp_path / "x.png")])
+    main([*FAST, "--prompt", "fox", "--rel-l1-thresh", "--computed-steps", "4", "--output", str(tmp_path / "x.png")])
     runs = [f"run {i} of 3" for i in (1, 2, 3)]
-    assert fake.bars == ["warm-up", *[f"{name}, {run}" for name in ("original", "4 of 4 steps") for run in runs]]
+    assert fake.bars == ["warm-up", *[f"{name}, {run}" for name in ("original", "4 plain steps") for run in runs]]
     assert [[len(row) for row in rows] for rows in kept] == [[1], [2]], "kept after each column"
     ((original, base), (image, entry)) = kept[-1][0]
     assert (base["seconds"], entry["seconds"], entry["speedup"]) == (2, 3, 2 / 3)

@@ -157,24 +157,24 @@ def test_command(file, capsys, monkeypatch):
 
     monkeypatch.setattr(plan_lumina2, "draw", watched)
     main([file, *FAST, "--computed-steps", "4"])
-    evenly, planned, line = capsys.readouterr().out.splitlines()
+    default, planned, line = capsys.readouterr().out.splitlines()
     assert len(drawn) == 4 + 3 * 4
     planning, proving = drawn[:4], [drawn[n : n + 3] for n in range(4, 16, 3)]
     assert sorted(prompt for (prompt, _), *_ in planning + [row[0] for row in proving]) == sorted(PROMPTS)
     assert [seed for (_, seed), *_ in planning + [row[0] for row in proving]] == list(range(1024, 1032))
     assert all(schedule == [True] * 6 for _, _, schedule, _ in planning + [row[0] for row in proving])
     plan = proving[0][2][1]
-    for original, even, other in proving:
-        assert original[0] == even[0] == other[0], "of one prompt and seed"
-        assert (even[1], other[1]) == (4, plan) and sum(even[2]) == 4
+    for original, usual, other in proving:
+        assert original[0] == usual[0] == other[0], "of one prompt and seed"
+        assert (usual[1], other[1]) == (4, plan) and sum(usual[2]) == 4
         assert [step for step, computed in enumerate(other[2]) if computed] == plan
 
     figures = [np.mean([plan_lumina2.psnr(row[n][3], row[0][3]) for row in proving]) for n in (1, 2)]
     marks = ["".join(".X"[computed] for computed in proving[0][n][2]) for n in (1, 2)]
-    for row, name, mark, figure in zip((evenly, planned), ("evenly", "planned"), marks, figures):
+    for row, name, mark, figure in zip((default, planned), ("default", "planned"), marks, figures):
         assert row.split()[:3] == [name, mark, f"{figure:.1f}"]
     if figures[1] > figures[0]:
-        assert pasted(line) == plan and line.endswith(f"6 steps: {figures[1]:.1f} dB, evenly {figures[0]:.1f}")
+        assert pasted(line) == plan and line.endswith(f"6 steps: {figures[1]:.1f} dB, default {figures[0]:.1f}")
     else:
         assert "nothing to paste" in line
 
@@ -182,11 +182,11 @@ def test_command(file, capsys, monkeypatch):
 SCHEDULE = [True, False, True, False, False, True]
 
 
-@pytest.mark.parametrize("evenly, planned", [([50.0, 40.0], [50.2, 40.0]), ([40.0], [41.0])])
-def test_a_plan_that_wins_can_be_pasted(evenly, planned, pipeline, monkeypatch):
+@pytest.mark.parametrize("default, planned", [([50.0, 40.0], [50.2, 40.0]), ([40.0], [41.0])])
+def test_a_plan_that_wins_can_be_pasted(default, planned, pipeline, monkeypatch):
     """As the constant of the script it gives the schedule that was printed."""
-    *rows, line = report(evenly, planned, SCHEDULE, [0, 3, 5], "shift 6, 6 steps")
-    expected = f"# shift 6, 6 steps: {np.mean(planned):.1f} dB, evenly {np.mean(evenly):.1f}"
+    *rows, line = report(default, planned, SCHEDULE, [0, 3, 5], "shift 6, 6 steps")
+    expected = f"# shift 6, 6 steps: {np.mean(planned):.1f} dB, default {np.mean(default):.1f}"
     assert line == f"COMPUTED_STEPS = [0, 3, 5]  {expected}"
     monkeypatch.setattr(teacache_lumina2, "COMPUTED_STEPS", pasted(line))
     teacache_lumina2.apply_teacache(pipeline)
@@ -196,9 +196,10 @@ def test_a_plan_that_wins_can_be_pasted(evenly, planned, pipeline, monkeypatch):
     assert [row.split()[1] for row in rows] == ["X.X..X", schedule] and schedule == "X..X.X"
 
 
-@pytest.mark.parametrize("evenly, planned", [([50.0, 40.0], [49.8, 40.1]), ([40.0], [40.0]), ([float("inf")],) * 2])
-def test_a_plan_that_does_not_win_is_not_printed(evenly, planned):
-    assert not any("COMPUTED_STEPS" in line or "[" in line for line in report(evenly, planned, SCHEDULE, [0, 3, 5], ""))
+@pytest.mark.parametrize("default, planned", [([50.0, 40.0], [49.8, 40.1]), ([40.0], [40.0]), ([float("inf")],) * 2])
+def test_a_plan_that_does_not_win_is_not_printed(default, planned):
+    lines = report(default, planned, SCHEDULE, [0, 3, 5], "")
+    assert not any("COMPUTED_STEPS" in line or "[" in line for line in lines)
 
 
 def test_prompts_are_eight_different_ones_and_the_seed_chooses(tmp_path):
