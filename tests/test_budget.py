@@ -76,38 +76,58 @@ def test_the_choice_itself(machine, shift, budget):
 
 
 def sum_of_errors(times, computed):
-    """What the choice is for: the length of each skipped step times the square of the way since the last computed one."""
+    """What the choice is for: the length of each skipped step times the square of its distance from the last computed."""
     steps, start = len(times), times[0]
-    way = [0.75 * steps * (t - start) / (1 - start or 1) + 0.25 * i for i, t in enumerate(times)] + [steps]
-    total, last = 0.0, 0
-    for step in range(1, steps):
+    position = [0.75 * steps * (t - start) / (1 - start or 1) + 0.25 * i for i, t in enumerate(times)] + [steps]
+    total, last = 0.0, computed[0]
+    for step in range(last + 1, steps):
         last = step if step in computed else last
-        total += (way[step + 1] - way[step]) * (way[step] - way[last]) ** 2
+        total += (position[step + 1] - position[step]) * (position[step] - position[last]) ** 2
     return total
 
 
 def test_no_other_choice_is_better(machine):
-    """Of as many steps, the last one among them."""
+    """Of as many steps from here on, the last one among them; some may have been skipped since the last computed one."""
+    times = st.lists(st.floats(0.0, 0.99), min_size=3, max_size=10, unique=True).map(sorted)
 
-    @given(st.lists(st.floats(0.0, 0.99), min_size=2, max_size=9, unique=True).map(sorted), st.integers(1, 8))
-    def check(times, count):
-        count = min(count, len(times) - 1)
-        chosen = machine.script.spread(times, 0, count)
+    @given(times, st.integers(0, 7), st.integers(1, 3), st.integers(1, 8))
+    def check(times, last, ahead, count):
+        last = min(last, len(times) - 2)
+        step = min(last + ahead, len(times) - 1)
+        count = min(count, len(times) - step)
+        chosen = machine.script.spread(times, last, step, count)
         assert chosen == sorted(set(chosen)) and len(chosen) == count
-        assert chosen[0] > 0 and chosen[-1] == len(times) - 1
-        others = itertools.combinations(range(1, len(times) - 1), count - 1)
-        best = min(sum_of_errors(times, (0, *other, len(times) - 1)) for other in others)
-        assert sum_of_errors(times, (0, *chosen)) <= best + 1e-3
+        assert chosen[0] >= step and chosen[-1] == len(times) - 1
+        others = itertools.combinations(range(step, len(times) - 1), count - 1)
+        best = min(sum_of_errors(times, (last, *other, len(times) - 1)) for other in others)
+        assert sum_of_errors(times, (last, *chosen)) <= best + 1e-3
 
     check()
+
+
+@pytest.mark.parametrize(
+    "at, before, after, expected",
+    [(5, (10, 30), (10, 20), 10), (10, (10, 20), (10, 30), 10), (25, (2, 30), (8, 30), 6), (20, (3, 30), (4, 30), 4)]
+    + [(5, (10.0, 30), (10.0, 30), 10)],
+)
+def test_settings_that_change_midway(machine, at, before, after, expected):
+    """(computed steps, all steps): as many as still can be, and none that is past."""
+    times = scheduler_times(after[1], 6.0)
+    cache = running(machine, [], [], computed_steps=before[0])
+    for step, time in enumerate(times):
+        budget, cache.num_steps = before if step < at else after
+        cache.settings = cache.settings._replace(computed_steps=budget)
+        cache.timesteps.append(time)
+        cache.schedule.append(None)
+        cache.schedule[-1] = cache.is_last_step or machine.script.by_budget(cache)
+    assert sum(cache.schedule) == expected
 
 
 @pytest.mark.parametrize("shift", [0.33, 1.0, 2.0, 6.0])
 @pytest.mark.parametrize("first", [0, 4])
 def test_timesteps_to_come(machine, shift, first):
-    """A network alone works out those of a flow-matching scheduler from the first two, also of image to image."""
-    sigmas = 1 - np.array(scheduler_times(20, shift))
-    times = list(1 - (1 - first / 10) * sigmas)
+    """A network alone works out those of a flow-matching scheduler from the first two, also if steps were left out."""
+    times = scheduler_times(20 + first, shift)[first:]
     for known in (2, 3, 10, 20):
         assert machine.script.shifted_timesteps(times[:known], 20) == pytest.approx(times, abs=1e-4)
 

@@ -132,10 +132,10 @@ def test_steps_to_come_are_not_guessed(loop, start):
     loop.apply(computed_steps=5)
     loop.draw(12, start=start)
     times = [1 - t.item() / 1000 for t in loop.scheduler.timesteps[start:]]
-    chosen = [0, *loop.machine.script.spread(times, 0, 4)]
+    chosen = [0, *loop.machine.script.spread(times, 0, 1, 4)]
     assert [step for step, computed in enumerate(loop.schedule) if computed] == chosen
     guessed = loop.machine.script.shifted_timesteps(times[:2], len(times))
-    assert chosen != [0, *loop.machine.script.spread(guessed, 0, 4)]
+    assert chosen != [0, *loop.machine.script.spread(guessed, 0, 1, 4)]
 
 
 @pytest.mark.parametrize("steps", [12, 5, 4, 3, 1])
