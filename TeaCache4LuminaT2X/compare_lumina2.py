@@ -27,7 +27,7 @@ else:
 
 PROMPTS = [teacache_lumina2.PROMPT, "penguin with umbrella"]
 THRESHOLDS = [0.3, 0.9]  # the second one computes about 8 of 30 steps of the bundled model
-BUDGETS = [(15, None), (8, None), (8, 8)]  # (computed steps, all steps; None: --num-inference-steps)
+BUDGETS = [(15, None), (8, None), (8, 8)]  # (computed steps, all steps; None: --num-inference-steps), where they fit
 
 
 def budget(text):
@@ -47,7 +47,7 @@ def parse_args(argv=None):
         add("--rel-l1-thresh", nargs="*", type=float, dest="thresholds", default=THRESHOLDS, metavar="T")
         add("--tolerance", nargs="*", type=float, dest="tolerances", default=[], metavar="T")
         some = {"nargs": "*", "metavar": "K", "help": "such as 15, or 15/100; 8/8: plain steps"}
-        add("--computed-steps", type=budget, dest="budgets", default=BUDGETS, **some)
+        add("--computed-steps", type=budget, dest="budgets", **some)
         add("--repeats", type=int, default=3, help="timed runs of each image")
         parser.set_defaults(prompt=None, rel_l1_thresh=None, computed_steps=None, tolerance=None, parser=parser)
         parser.set_defaults(default_output=Path("teacache_lumina2_compare.png"), beside=[".json"])
@@ -55,11 +55,14 @@ def parse_args(argv=None):
     args = teacache_lumina2.parse_args(argv, extend)
     if args.repeats < 1:
         args.parser.error(f"--repeats must be at least 1, not {args.repeats}")
+    if args.budgets is None:
+        args.budgets = [(k, n) for k, n in BUDGETS if k <= (n or args.num_inference_steps)]
+    budgets = dict.fromkeys((k, n or args.num_inference_steps) for k, n in args.budgets)
     limits = [{"rel_l1_thresh": t} for t in dict.fromkeys([0.0, *args.thresholds])]
-    limits += [{"computed_steps": k, "steps": n} for k, n in args.budgets] + [{"tolerance": t} for t in args.tolerances]
-    args.columns, none = [], dict.fromkeys(("rel_l1_thresh", "computed_steps", "tolerance"))
+    limits += [{"computed_steps": k, "steps": n} for k, n in budgets] + [{"tolerance": t} for t in args.tolerances]
+    args.columns, none = [], dict.fromkeys(teacache_lumina2.LIMITS)
     for limit in limits:
-        steps = limit.pop("steps", None) or args.num_inference_steps
+        steps = limit.pop("steps", args.num_inference_steps)
         try:
             teacache_lumina2.check_settings(steps, **limit)
         except ValueError as error:
@@ -82,7 +85,12 @@ def name(column):
     if column["tolerance"] is not None:
         return f"tolerance {column['tolerance']:g}"
     computed, steps = column["computed_steps"], column["num_inference_steps"]
-    return f"{computed} plain steps" if computed == steps else f"{computed} of {steps} steps"
+    return f"{computed} plain steps" if is_plain(column) else f"{computed} of {steps} steps"
+
+
+def is_plain(column):
+    """Fewer steps, without a cache."""
+    return column["computed_steps"] == column["num_inference_steps"]
 
 
 def cells(entry):
@@ -127,7 +135,8 @@ def compare(args, keep=lambda rows: None):
         rows.append([])
         for column in args.columns:
             labels = [f"{name(column)}, run {run + 1} of {args.repeats}" for run in range(args.repeats)]
-            images, seconds, schedules = zip(*[draw(label, prompt=prompt, **column) for label in labels])
+            plain = {"computed_steps": None, "rel_l1_thresh": 0.0} if is_plain(column) else {}
+            images, seconds, schedules = zip(*[draw(label, prompt=prompt, **{**column, **plain}) for label in labels])
             entry = {"prompt": prompt, **column, "seconds": statistics.median(seconds), "computed": sum(schedules[0])}
             rows[-1].append((images[0], entry))
             original, base = rows[-1][0]

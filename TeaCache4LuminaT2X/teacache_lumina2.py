@@ -1109,7 +1109,7 @@ def warn_of_few_steps(num_steps, rel_l1_thresh=None, computed_steps=None, tolera
     _, budget, _ = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
     budget = len(budget) if isinstance(budget, (list, tuple)) else budget
     if budget is not None and budget < min(FEW_STEPS, num_steps):
-        reason = "4 plain steps of the bundled model came closer to its image of 30 steps than 4 computed of 30"
+        reason = "at shift 2, 4 plain steps of the bundled model came closer to its 30 steps than 4 computed of 30"
         plain = f"--num-inference-steps {budget} --rel-l1-thresh 0"
         print(f"Warning: {budget} computed steps are few ({reason}). Try {plain}", file=sys.stderr)
 

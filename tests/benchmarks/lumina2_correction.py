@@ -5,7 +5,8 @@
 For each (guidance, shift, cfg_trunc_ratio) and each way of skipping, the same prompts are drawn with and without the
 correction, and compared with the uncached image of as many steps; 15 of 100 steps with the converged image, of 250 steps
 at a shift of 3. Then `plan_lumina2.py` plans on four prompts, and its plan and the default choice of as many steps are
-measured on eight others. Writes rows as they are done, and goes on where it was stopped; `render.py` makes tables of them.
+measured on eight others. Last, very few computed steps are compared with as many plain ones. Rows are written as they are
+done; run again to resume. `render.py` makes tables of them.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import random
 import sys
 import warnings
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import lumina2_peers
@@ -55,6 +57,8 @@ PLANS = (  # case, computed steps
     ((8.0, 2.0, 1.0), 10),
     ((4.0, 6.0, 0.25), 10),
 )
+FEW = 4, 5, 6, 8  # computed of 30 steps, against as many plain steps
+FEW_CASES = (4.0, 2.0, 1.0), (4.0, 6.0, 1.0)
 
 
 def psnr(image, reference):
@@ -63,53 +67,85 @@ def psnr(image, reference):
     return round(-10 * float(np.log10(mse)), 2)
 
 
-def draw(pipeline, jobs, case, steps, **settings):
-    """The images of (prompt, seed) jobs, as arrays in [0, 1], and the mean number of computed steps."""
-    guidance, shift, cfg_trunc_ratio = case
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    settings = settings or {"rel_l1_thresh": 0.0}
-    teacache_lumina2.apply_teacache(pipeline, **settings)
-    images, passes = [], []
-    for prompt, seed in jobs:
-        output = pipeline(
-            prompt,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            cfg_trunc_ratio=cfg_trunc_ratio,
-            output_type="np",
-            generator=torch.Generator().manual_seed(seed),
-        )
-        images.append(output.images[0])
-        passes.append(sum(pipeline.transformer.teacache.schedule))
-    teacache_lumina2.remove_teacache(pipeline)
-    return images, float(np.mean(passes))
+class Trial:
+    """The pipeline, and (prompt, seed) jobs to draw with it."""
+
+    def __init__(self, pipeline, jobs):
+        self.pipeline, self.jobs, self.references = pipeline, jobs, {}
+
+    def draw(self, case, steps, **settings):
+        """The images, as arrays in [0, 1], and the mean number of computed steps."""
+        guidance, shift, cfg_trunc_ratio = case
+        self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        teacache_lumina2.apply_teacache(self.pipeline, **settings)
+        images, passes = [], []
+        for prompt, seed in self.jobs:
+            output = self.pipeline(
+                prompt,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                cfg_trunc_ratio=cfg_trunc_ratio,
+                output_type="np",
+                generator=torch.Generator().manual_seed(seed),
+            )
+            images.append(output.images[0])
+            passes.append(sum(self.pipeline.transformer.teacache.schedule))
+        teacache_lumina2.remove_teacache(self.pipeline)
+        return images, float(np.mean(passes))
+
+    def compare(self, images, case, steps=STEPS):
+        """PSNR of each image to the uncached one."""
+        if (case, steps) not in self.references:
+            self.references[case, steps], _ = self.draw(case, steps, rel_l1_thresh=0.0)
+        return [psnr(image, reference) for image, reference in zip(images, self.references[case, steps])]
 
 
-def measure_way(pipeline, jobs, case, steps, settings, references):
-    """A row: with and without the correction, PSNR to the references."""
+def measure_way(trial, case, steps, settings, reference):
+    """With and without the correction, PSNR to the image of the (case, steps) `reference`."""
     row = {}
     for name, correct in (("corrected", True), ("not_corrected", False)):
         teacache_lumina2.CORRECT = correct
-        images, row["passes"] = draw(pipeline, jobs, case, steps, **settings)
-        row[name] = [psnr(image, reference) for image, reference in zip(images, references)]
-    teacache_lumina2.CORRECT = True
+        images, row[f"passes_{name}"] = trial.draw(case, steps, **settings)
+        teacache_lumina2.CORRECT = True
+        row[name] = trial.compare(images, *reference)
     return row
 
 
-def measure_plan(pipeline, planning, proving, case, computed_steps):
-    """A row: the plan, made on some jobs, and PSNR of it and of the default choice on the others."""
-    guidance, _, cfg_trunc_ratio = case
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=case[1])
-    named = {"guidance_scale": guidance, "cfg_trunc_ratio": cfg_trunc_ratio, "num_inference_steps": STEPS}
-    size = {"height": None, "width": None, "negative_prompt": ""}
-    args = Namespace(planning=planning, computed_steps=computed_steps, **named, **size)
-    plan = plan_lumina2.make_plan(pipeline, args, tqdm(disable=True))
-    references, _ = draw(pipeline, proving, case, STEPS)
+def measure_plan(trial, planning, case, computed_steps):
+    """A plan that was made on the jobs `planning`, and PSNR of it and of the default choice on those of the trial."""
+    guidance, shift, cfg_trunc_ratio = case
+    trial.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    settings = {"guidance_scale": guidance, "cfg_trunc_ratio": cfg_trunc_ratio, "num_inference_steps": STEPS}
+    settings |= {"computed_steps": computed_steps, "height": None, "width": None, "negative_prompt": ""}
+    plan = plan_lumina2.make_plan(trial.pipeline, Namespace(planning=planning, **settings), tqdm(disable=True))
     row = {"plan": plan}
     for name, steps in (("default", computed_steps), ("planned", plan)):
-        images, _ = draw(pipeline, proving, case, STEPS, computed_steps=steps)
-        row[name] = [psnr(image, reference) for image, reference in zip(images, references)]
+        row[name] = trial.compare(trial.draw(case, STEPS, computed_steps=steps)[0], case)
     return row
+
+
+def measure_few(trial, case, k):
+    """k computed steps, and k plain ones."""
+    computed, _ = trial.draw(case, STEPS, computed_steps=k)
+    plain, _ = trial.draw(case, k, rel_l1_thresh=0.0)
+    return {"few": k, "computed": trial.compare(computed, case), "plain": trial.compare(plain, case)}
+
+
+def rows(trial, planning, proving):
+    """(key, case, function that measures the row)"""
+    for case, k in PLANS:
+        yield record.slug("plan", *case, k), case, partial(measure_plan, proving, planning, case, k)
+    for case in CASES:
+        for name, settings in WAYS.items():
+            measure = partial(measure_way, trial, case, STEPS, settings, (case, STEPS))
+            yield record.slug(*case, name), case, lambda name=name, measure=measure: {"way": name, **measure()}
+    for case in CONVERGING:
+        name, converged = f"15 of {MORE_STEPS}, to converged", ((case[0], 3.0, 1.0), CONVERGED)
+        measure = partial(measure_way, trial, case, MORE_STEPS, {"computed_steps": 15}, converged)
+        yield record.slug(*case, name), case, lambda name=name, measure=measure: {"way": name, **measure()}
+    for case in FEW_CASES:
+        for k in FEW:
+            yield record.slug(*case, "few", k), case, partial(measure_few, trial, case, k)
 
 
 @torch.no_grad()
@@ -125,32 +161,16 @@ def main():
     names = [line.split("\t")[1].strip() for line in lines if "\t" in line]
     known = random.Random(11).sample(names, args.count)
     new = lumina2_peers.NEW_PROMPTS[8 : 8 + args.count]
-    jobs = [(prompt, seed) for seed, prompt in enumerate(known + new)]
-    drawn = [(prompt, 100 + seed) for seed, prompt in enumerate(random.Random(5).sample(names, 12))]
     results = record.Record(args.output, ["transformers"], model=args.model.name, known=known, new=new)
     warnings.simplefilter("ignore")
     pipeline = Lumina2Pipeline.from_pretrained(args.model)
     pipeline.set_progress_bar_config(disable=True)
-
-    for case, computed_steps in PLANS:
-        key = record.slug("plan", *case, computed_steps)
+    trial = Trial(pipeline, [(prompt, seed) for seed, prompt in enumerate(known + new)])
+    others = [(prompt, 100 + seed) for seed, prompt in enumerate(random.Random(5).sample(names, 12))]
+    for key, case, measure in rows(trial, others[:4], Trial(pipeline, others[4:])):
         if key not in results.rows:
-            row = measure_plan(pipeline, drawn[:4], drawn[4:], case, computed_steps)
-            results.add(key, case=case, computed_steps=computed_steps, **row)
-    converged = None
-    for case in CASES:
-        ways = {name: settings for name, settings in WAYS.items() if record.slug(*case, name) not in results.rows}
-        references = draw(pipeline, jobs, case, STEPS)[0] if ways else None
-        for name, settings in ways.items():
-            row = measure_way(pipeline, jobs, case, STEPS, settings, references)
-            results.add(record.slug(*case, name), case=case, way=name, **row)
-        name = f"15 of {MORE_STEPS}, to converged"
-        if case in CONVERGING and record.slug(*case, name) not in results.rows:
-            if converged is None:
-                converged, _ = draw(pipeline, jobs, (case[0], 3.0, 1.0), CONVERGED)
-            row = measure_way(pipeline, jobs, case, MORE_STEPS, {"computed_steps": 15}, converged)
-            results.add(record.slug(*case, name), case=case, way=name, **row)
-        print(f"guidance, shift, cfg_trunc_ratio {case}: done", file=sys.stderr, flush=True)
+            results.add(key, case=case, **measure())
+            print(key, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -405,7 +405,7 @@ def plot(rows, path):
     looks = {  # readable in grey: one marker for each, ours black
         "computed_steps": ("black", "-", "o", "ours, corrected"),
         "computed_steps, not corrected": ("black", "--", "o", "ours, not corrected"),
-        "fewer Euler steps": ("0.45", ":", "x", "fewer Euler steps"),
+        "fewer Euler steps": ("0.45", ":", "x", "plain steps"),
         "TeaCache v1": ("0.45", "-", "s", "TeaCache, v1"),
         "TeaCache v2": ("0.45", "--", "*", "TeaCache, v2"),
         "EasyCache": ("tab:blue", "-", "v", "EasyCache"),
@@ -423,15 +423,15 @@ def plot(rows, path):
             wide = 2.2 if "computed" in method else 1.3
             look = {"color": color, "linestyle": line, "marker": marker, "label": label, "linewidth": wide}
             axes.plot(*(zip(*points) if points else ([], [])), **look)
-        axes.set(xlabel="computed of 30 steps", ylabel="mean PSNR (dB)", xlim=(7, 25))
+        axes.set(xlabel="passes", ylabel="mean PSNR (dB)", xlim=(7, 25))
         axes.grid(alpha=0.3)
         if table == "rounding":
             line = statistics.mean(next(r for r in mine if r["method"] == "Euler, uncached")[name])
             axes.axhline(line, color="black", linestyle="-.", linewidth=1)
             axes.annotate("rounding: uncached bfloat16", (7.2, line), va="bottom", fontsize=9)
-            axes.set_title("bfloat16, to the uncached float32 image")
+            axes.set_title("shift 6, bfloat16, to the uncached float32 image")
         else:
-            axes.set_title("float32, to the uncached image")
+            axes.set_title("shift 6, float32, to the uncached image")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9, handlelength=3.5)
     figure.savefig(path, dpi=110, format="png")
 

@@ -38,7 +38,7 @@ class EasyCache:
 
 
 class LinearForecast:
-    """A line through the last two computed outputs, and its measured error: the rule that is told of TAFC.
+    """A line through the last two computed outputs, and its measured error: the rule as TAFC is reported to have it.
 
     Written from a description, not from the paper. At a computed step, the error of the line there (relative, L1) over
     its number of steps says what a further step will cost; steps are skipped while these add up to less than the threshold.
