@@ -53,6 +53,12 @@ def test_a_false_figure_is_found(page, pages, capsys):
     assert (pages / page).read_text(encoding="utf-8") == text, "rendering puts it right"
 
 
+@pytest.mark.parametrize("page", render.PAGES)
+def test_no_line_begins_with_a_figure(page):
+    """Markdown takes a comment at the beginning of a line for a block of its own: the paragraph would be torn."""
+    assert not re.search(r"^[\s>]*(?:[-*+]\s+|\d+\.\s+)?<!--=", (ROOT / page).read_text(encoding="utf-8"), re.M)
+
+
 def test_a_figure_in_a_sentence(tmp_path):
     """Rows are attributes; a format may follow; sums and ranges are computed."""
     rows = {
@@ -76,6 +82,18 @@ def test_a_figure_in_a_sentence(tmp_path):
     with pytest.raises(AttributeError):
         render.render("<!--=trial.c-->?<!---->", results)
     assert render.render("<!--=other.c.passes-->1<!---->", results) == "<!--=other.c.passes-->?<!---->"
+
+
+@pytest.mark.parametrize("script", ["TeaCache4LuminaT2X/teacache_lumina2.py", "TeaCache4Memo/teacache_memo.py"])
+def test_the_figures_of_help(script):
+    """The table at the end of --help is that of the README beside the script."""
+    source = (ROOT / script).read_text(encoding="utf-8")
+    shown = re.search(r'WHICH_SETTING = """.*?"""', source, re.S)[0]
+    page = (ROOT / script).with_name("README.md").read_text(encoding="utf-8")
+    page = re.sub(r"<!--.*?-->", "", page)
+    figures = re.compile(r"([A-Z_0-9]+ = [\d.]+).*?(\d+) computed, ([\d.]+) dB")
+    assert figures.findall(shown) == figures.findall(page) != []
+    assert ("shift 6" in shown) == ("shift 6" in page) == ("lumina2" in script)
 
 
 def test_it_shares_nothing_with_the_scripts():

@@ -150,10 +150,23 @@ def test_flags_are_all_in_the_table(page, tool, capsys):
     assert flags == rows and len(flags) <= 16
 
 
+def anchors(text):
+    """Of the headings of a page, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links(page):
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXT[page]):
-        assert target.startswith("https://") or (ROOT / page).parent.joinpath(target).exists(), target
+    """Links and pictures lead to files, and to headings in them."""
+    links = re.findall(r"\]\(([^)\s]+)\)", TEXT[page]) + re.findall(r'src="([^"]+)"', TEXT[page])
+    for link in links:
+        target, _, anchor = link.partition("#")
+        if target.startswith("https://"):
+            continue
+        path = (ROOT / page).parent / target if target else ROOT / page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), link
 
 
 def test_cpu_only():

@@ -429,9 +429,9 @@ def plot(rows, path):
             line = statistics.mean(next(r for r in mine if r["method"] == "Euler, uncached")[name])
             axes.axhline(line, color="black", linestyle="-.", linewidth=1)
             axes.annotate("rounding: uncached bfloat16", (7.2, line), va="bottom", fontsize=9)
-            axes.set_title("shift 6, bfloat16, to the uncached float32 image")
+            axes.set_title("shift 6, bfloat16, to uncached float32")
         else:
-            axes.set_title("shift 6, float32, to the uncached image")
+            axes.set_title("shift 6, float32, to uncached")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9, handlelength=3.5)
     figure.savefig(path, dpi=110, format="png")
 

@@ -17,10 +17,12 @@ A figure in a sentence stands between two comments too. The first one is an expr
 `peers.shift_6_computed_steps_15` is a row of results/peers.json, `.passes` its mean number of passes, `peers.about` what it
 was measured on. A number has one decimal, or the format behind the colon. Arithmetic and these functions are at hand:
 
-    psnr(row, to="uncached", of="all")    mean dB; to: "uncached", "converged", "float32"; of: "known", "new", "all" prompts
+    psnr(row, to="uncached", of="all")    mean dB; to: "uncached", "converged", "float32", or another list of the row; of:
+                                          "known", "new", "all" prompts
     least(row, to="uncached", of="all")   the least
     better(row, other, to="uncached")     in how many prompts or clips the first is closer, "7 of 8"
     gains(*pairs, to="uncached")          of (row, other) pairs, the differences of their means: "2.7 to 5.8"
+    range_of(results, "mouth")            from the least to the largest mean of all rows: "0.91 to 0.92"
     mean(values), min(...), max(...), round(...), sum(...)
 
 To see the keys of the rows: python tests/benchmarks/render.py --keys
@@ -112,7 +114,13 @@ def gains(*pairs, to="uncached"):
     return " to ".join(ends)
 
 
-FUNCTIONS = {f.__name__: f for f in (psnr, least, better, gains, mean, min, max, round, sum, len)}
+def range_of(results, name):
+    """Of the means of all rows."""
+    means = [mean(getattr(row, name)) for row in vars(results).values() if hasattr(row, name)]
+    return f"{min(means):.2f} to {max(means):.2f}"
+
+
+FUNCTIONS = {f.__name__: f for f in (psnr, least, better, gains, range_of, mean, min, max, round, sum, len)}
 
 
 # ------------------------------------------------------------------------------
@@ -149,7 +157,7 @@ def peers(results, table):
     rows.sort(key=lambda row: methods.index(row.method))
     if table == "rounding":
         line = vars(results["peers"])["rounding_euler_uncached_30_steps"]
-        head.append("to the line of rounding")
+        head.append("minus uncached bfloat16")
         columns.append(None)
 
     def cells(row):
@@ -187,43 +195,108 @@ def memo_peers(results, steps="20"):
     return markdown(head, [list(cells(row)) for row in rows])
 
 
-def front(results):
+def front_lumina2(results):
     """The table of the front page. A row that was not measured is left out."""
-    p, m = vars(results["peers"]), vars(results.get("memo_peers", SimpleNamespace()))
-    pairs = {
-        "uncached": ("euler_uncached_30_steps", "euler_uncached_20_steps"),
-        "fewer steps": ("fewer_euler_steps_15_steps", "fewer_euler_steps_10_steps"),
-        "second-order solver (Adams-Bashforth 2)": ("ab2_15_steps", "adams_bashforth_2_10_steps"),
-        "the same at shift 1": ("ab2_at_shift_1_15_steps", None),
-        "TeaCache, threshold 0.3 (v1) / 0.15": ("teacache_v1_0_3", "teacache_0_15"),
-        "the same, corrected": ("teacache_v1_corrected_0_3", "teacache_corrected_0_15"),
-        "TeaCache, threshold 0.3 (v2)": ("teacache_v2_0_3", None),
-        "the same v2, corrected": ("teacache_v2_corrected_0_3", None),
-        "EasyCache / DeepCache": ("easycache_about_15", "deepcache_interval_3_branch_0"),
-        "ComfyUI-TeaCache": ("comfyui_teacache_about_15", None),
-        "MagCache": ("magcache_about_15", None),
-        "PrediT": ("predit_about_15", None),
-        "cache-dit, TaylorSeer": ("cache_dit_taylorseer_steps_of_computed_steps_15", None),
-        "`computed_steps` 15 / 10": ("computed_steps_15", "computed_steps_10"),
-        "`computed_steps` 10": ("computed_steps_10", None),
-        "`tolerance` 0.003": ("tolerance_0_003", "tolerance_0_003"),
-        "`computed_steps` 15 of 100": ("computed_steps_of_100_15", None),
-    }
+    found = vars(results["peers"])
+    names = [
+        ("uncached", "euler_uncached_30_steps"),
+        ("15 plain steps", "fewer_euler_steps_15_steps"),
+        ("10 plain steps", "fewer_euler_steps_10_steps"),
+        ("second-order solver (Adams-Bashforth 2)", "ab2_15_steps"),
+        ("the same at shift 1", "ab2_at_shift_1_15_steps"),
+        ("TeaCache as published, 0.3, v1", "teacache_v1_0_3"),
+        ("**the same, corrected**", "teacache_v1_corrected_0_3"),
+        ("TeaCache as published, 0.3, v2", "teacache_v2_0_3"),
+        ("**the same, corrected**", "teacache_v2_corrected_0_3"),
+        ("EasyCache", "easycache_about_15"),
+        ("ComfyUI-TeaCache", "comfyui_teacache_about_15"),
+        ("MagCache", "magcache_about_15"),
+        ("PrediT", "predit_about_15"),
+        ("cache-dit, TaylorSeer, on our steps", "cache_dit_taylorseer_steps_of_computed_steps_15"),
+        ("**`computed_steps` 15**", "computed_steps_15"),
+        ("**`computed_steps` 10**", "computed_steps_10"),
+        ("**`tolerance` 0.003**", "tolerance_0_003"),
+        ("**`computed_steps` 15 of 100**", "computed_steps_of_100_15"),
+    ]
     rows = []
-    for name, (lumina, memo) in pairs.items():
-        a, b, c = p.get(f"shift_6_{lumina}"), p.get(f"rounding_{lumina}"), m.get(f"steps_20_{memo}")
-        if a is None:
-            continue
-        cells = [f"{a.passes:.1f}", cell(a, "uncached"), cell(a, "converged"), cell(b, "float32") if b else ""]
-        other = [f"{mean(c.passes):.1f}", cell(c, "uncached"), f"{mean(c.mouth):.3f}"] if c else ["", "", ""]
-        rows.append([name, *cells, *other])
-    head = ["", "Lumina2: passes", "to uncached", "to converged", "in bfloat16, to uncached float32"]
-    return markdown([*head, "MEMO: passes", "to uncached", "mouth"], rows)
+    for name, key in names:
+        row, rounded = found.get(f"shift_6_{key}"), found.get(f"rounding_{key}")
+        if row is not None:
+            cells = cell(row, "uncached", "known"), cell(row, "uncached", "new"), cell(row, "converged")
+            rows.append([name, f"{row.passes:.1f}", *cells, cell(rounded, "float32") if rounded else ""])
+    head = ["", "passes", "to uncached, known prompts", "new prompts", "to converged", "in bfloat16, to float32"]
+    return markdown(head, rows)
+
+
+def front_memo(results):
+    found = vars(results["memo_peers"])
+    names = [
+        ("uncached", "euler_uncached_20_steps"),
+        ("10 plain steps", "fewer_euler_steps_10_steps"),
+        ("14 plain steps", "fewer_euler_steps_14_steps"),
+        ("second-order solver (Adams-Bashforth 2), 10 steps", "adams_bashforth_2_10_steps"),
+        ("the same, 14 steps", "adams_bashforth_2_14_steps"),
+        ("DeepCache", "deepcache_interval_3_branch_0"),
+        ("TeaCache, 0.15", "teacache_0_15"),
+        ("**the same, corrected**", "teacache_corrected_0_15"),
+        ("**`computed_steps` 10**", "computed_steps_10"),
+        ("**`tolerance` 0.003**", "tolerance_0_003"),
+    ]
+    rows = [(name, found[f"steps_20_{key}"]) for name, key in names if f"steps_20_{key}" in found]
+    return markdown(
+        ["", "passes", "to uncached", "median frame", "to converged"],
+        [
+            [name, f"{mean(row.passes):.1f}", *(cell(row, to) for to in ("uncached", "median_frame", "converged"))]
+            for name, row in rows
+        ],
+    )
+
+
+def case_of(row):
+    guidance, shift, cfg_trunc_ratio = row.case
+    return f"{guidance:g}, {shift:g}" + (f", `cfg_trunc_ratio` {cfg_trunc_ratio:g}" if cfg_trunc_ratio < 1 else "")
+
+
+def correction(results):
+    """Without and with the correction: a line for each case, a column for each way of skipping."""
+    rows = [row for row in vars(results["correction"]).values() if hasattr(row, "way")]
+    ways = list(dict.fromkeys(row.way for row in rows))
+    found = {(case_of(row), row.way): row for row in rows}
+
+    def shown(row):
+        if row is None:
+            return ""
+        before, after = cell(row, "not_corrected"), cell(row, "corrected")
+        pairs = list(zip(row.corrected, row.not_corrected))
+        return f"{before} to {after}, closer in {sum(a > b for a, b in pairs)} of {len(pairs)}"
+
+    cases = list(dict.fromkeys(case for case, _ in found))
+    return markdown(
+        ["guidance, shift", *ways], [[case, *(shown(found.get((case, way))) for way in ways)] for case in cases]
+    )
+
+
+def plans(results):
+    """What plan_lumina2.py gains over the default choice of as many steps, on prompts that it has not seen."""
+    rows = [row for row in vars(results["correction"]).values() if hasattr(row, "plan")]
+    return markdown(
+        ["guidance, shift", "computed steps", "default", "planned"],
+        [[case_of(row), len(row.plan), cell(row, "default"), cell(row, "planned")] for row in rows],
+    )
+
+
+def few(results):
+    """Few computed of 30 steps, against as many plain ones."""
+    rows = [row for row in vars(results["correction"]).values() if hasattr(row, "few")]
+    head = ["guidance, shift", "steps", "computed of 30", "plain"]
+    return markdown(head, [[case_of(row), row.few, cell(row, "computed"), cell(row, "plain")] for row in rows])
 
 
 def compare_lumina2(results):
-    head = ["setting", "seconds", "speedup", "computed", "PSNR"]
-    return markdown(head, [compared(run, run["num_inference_steps"]) for run in results["compare_lumina2"].runs])
+    """The strip in figures."""
+    runs = results["compare_lumina2"].runs
+    rows = [[run["prompt"], *compared(run, run["num_inference_steps"])] for run in runs]
+    return markdown(["prompt", "setting", "seconds", "speedup", "computed", "PSNR"], rows)
 
 
 def compare_memo(results):
@@ -237,6 +310,8 @@ def compared(run, steps):
     """Cells of a run of compare_lumina2.py or compare_memo.py."""
     limits = {name: run[name] for name in ("rel_l1_thresh", "computed_steps", "tolerance") if run.get(name) is not None}
     name = ", ".join(f"`{name}` {value}" for name, value in limits.items()) if any(limits.values()) else "original"
+    if run.get("computed_steps") == steps:
+        name = f"{steps} plain steps"
     quality = "" if run["psnr"] is None else f"{run['psnr']:.1f} dB"
     return [name, f"{run['seconds']:.2f} s", f"{run['speedup']:.2f}x", f"{run['computed']} of {steps}", quality]
 
@@ -272,7 +347,10 @@ def measured_on(results, name):
 
 TABLES = {
     f.__name__: f
-    for f in (peers, memo_peers, front, compare_lumina2, compare_memo, real_size, real_size_parts, measured_on)
+    for f in (
+        *(peers, memo_peers, front_lumina2, front_memo, correction, few, plans),
+        *(compare_lumina2, compare_memo, real_size, real_size_parts, measured_on),
+    )
 }
 
 
