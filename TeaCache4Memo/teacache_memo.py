@@ -1290,9 +1290,9 @@ def next_free(path):
 
 WHICH_SETTING = """\
 which setting?          line to edit          or flag               talking emoji, 20 steps
-TeaCache's own rule     REL_L1_THRESH = 0.15  --rel_l1_thresh 0.15  11 computed, 49.0 dB
-N times fewer passes    COMPUTED_STEPS = 10   --computed_steps 10   10 computed, 46.0 dB
-no visible change       TOLERANCE = 0.003     --tolerance 0.003     14 computed, 57.2 dB
+TeaCache's own rule     REL_L1_THRESH = 0.15  --rel_l1_thresh 0.15  11 computed, 46.9 dB
+N times fewer passes    COMPUTED_STEPS = 10   --computed_steps 10   10 computed, 45.4 dB
+no visible change       TOLERANCE = 0.003     --tolerance 0.003     14 computed, 56.8 dB
 """
 
 

@@ -22,7 +22,7 @@ was measured on. A number has one decimal, or the format behind the colon. Arith
     least(row, to="uncached", of="all")   the least
     better(row, other, to="uncached")     in how many prompts or clips the first is closer, "7 of 8"
     gains(*pairs, to="uncached")          of (row, other) pairs, the differences of their means: "2.7 to 5.8"
-    range_of(results, "mouth")            from the least to the largest mean of all rows: "0.91 to 0.92"
+    range_of(results, "mouth")            from the least to the largest mean of all rows: "0.910 to 0.922"
     mean(values), min(...), max(...), round(...), sum(...)
 
 To see the keys of the rows: python tests/benchmarks/render.py --keys
@@ -117,7 +117,7 @@ def gains(*pairs, to="uncached"):
 def range_of(results, name):
     """Of the means of all rows."""
     means = [mean(getattr(row, name)) for row in vars(results).values() if hasattr(row, name)]
-    return f"{min(means):.2f} to {max(means):.2f}"
+    return f"{min(means):.3f} to {max(means):.3f}"
 
 
 FUNCTIONS = {f.__name__: f for f in (psnr, least, better, gains, range_of, mean, min, max, round, sum, len)}
