@@ -2,6 +2,7 @@
 
     python compare_memo.py --input_image face.jpg --input_audio speech.wav      # 0.09, 0.15, 0.25, half of the steps
     python compare_memo.py --rel_l1_thresh 0.15 --computed_steps 10 7
+    python compare_memo.py --repeats 3                                          # of seconds, the median of three runs
 
 Each panel is compared with the original, which is not cached. The JSON file is beside the video, under its name. All
 videos are kept in memory until the end: use a short voice. Takes the flags of teacache_memo.py as well.
@@ -11,6 +12,7 @@ import json
 import math
 import os
 import platform
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -34,9 +36,12 @@ def parse_args(argv=None):
         add(parser, "tolerance", dest="tolerances", default=[], **several)
         steps = "default: half of the steps"
         add(parser, "computed_steps", dest="budgets", nargs="*", type=int, metavar="K", help=steps)
+        add(parser, "repeats", type=int, default=1, help="timed runs of each panel")
         parser.set_defaults(rel_l1_thresh=None, computed_steps=None, tolerance=None, parser=parser)
 
     args = teacache_memo.parse_args(argv, extend)
+    if args.repeats < 1:
+        args.parser.error(f"--repeats must be at least 1, not {args.repeats}")
     budgets = [max(2, args.config.inference_steps // 2)] if args.budgets is None else args.budgets
     limits = [{"rel_l1_thresh": t} for t in dict.fromkeys([0.0, *args.thresholds])]
     limits += [{"computed_steps": k} for k in budgets] + [{"tolerance": t} for t in args.tolerances]
@@ -108,7 +113,9 @@ def compare(args, folder):
     make("warm-up,", rel_l1_thresh=0.0, clips=1)
     videos, entries = [], []
     for settings in args.settings:
-        frames, seconds, schedule = make(f"{name_setting(settings)},", **settings)
+        frames, first_seconds, schedule = make(f"{name_setting(settings)},", **settings)
+        again = [make(f"{name_setting(settings)}, again,", **settings)[1] for _ in range(args.repeats - 1)]
+        seconds = statistics.median([first_seconds, *again])
         videos.append(frames)
         entry = {**settings, "seconds": seconds, "computed": sum(schedule), "steps": len(schedule)}
         entries.append(entry | {"psnr": psnr(frames, videos[0])})
@@ -128,6 +135,7 @@ def main(argv=None):
     versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
     size, about = args.config.resolution, f"{machine}, torch {torch.__version__}, diffusers {diffusers.__version__}"
     about = f"{Path(args.config.model_name_or_path).name}, {size} x {size}, {args.config.weight_dtype}, {about}"
+    about += f", median of {args.repeats}" if args.repeats > 1 else ""
     print(f"saved {output}\n\n| setting | seconds | speedup | computed | PSNR |\n{'|---' * 5}|")
     for entry in entries:
         name, cost, computed, quality = caption(entry)
@@ -137,6 +145,7 @@ def main(argv=None):
     print(f"\n{about}")
     files = {name: str(getattr(args, name)) for name in ("input_image", "input_audio")} | {"output": str(output)}
     about = {**files, "seed": args.seed, "emotion": args.emotion, "config": dict(args.config), **versions}
+    about["repeats"] = args.repeats
     output.with_suffix(".json").write_text(json.dumps({**about, "runs": entries}), encoding="utf-8")
 
 

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import wave
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
@@ -564,7 +564,26 @@ def test_compare(here, capsys, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("flags", [["--rel_l1_thresh", "0.1", "inf"], ["--computed_steps", "3", "1"]], ids=str)
+def test_the_median_of_several_runs(here, monkeypatch):
+    """And the video of the first."""
+    seconds = iter([99.0, 4.0, 9.0, 5.0, 2.0, 1.0, 3.0])  # the warm-up, the original, the threshold
+
+    def generate_all(*args, **kwargs):
+        took = next(seconds)
+        return np.full((2, 8, 8, 3), int(took), np.uint8), took, [True] * 4
+
+    monkeypatch.setattr(teacache_memo, "prepare", lambda *args: SimpleNamespace(sound=None))
+    monkeypatch.setattr(teacache_memo, "load_pipeline", lambda **kwargs: (None, None))
+    monkeypatch.setattr(teacache_memo, "generate_all", generate_all)
+    args = compare_memo.parse_args([*ARGUMENTS, "--rel_l1_thresh", "9", "--computed_steps", "--repeats", "3"])
+    videos, entries, _ = compare_memo.compare(args, "folder")
+    assert [entry["seconds"] for entry in entries] == [5.0, 2.0] and entries[1]["speedup"] == 2.5
+    assert [video.max() for video in videos] == [4, 2] and next(seconds, None) is None
+
+
+@pytest.mark.parametrize(
+    "flags", [["--rel_l1_thresh", "0.1", "inf"], ["--computed_steps", "3", "1"], ["--repeats", "0"]], ids=str
+)
 def test_compare_checks_each_panel(here, capfd, flags):
     assert flags[0].strip("-") in refused(capfd, *flags, tool=compare_memo)
 
