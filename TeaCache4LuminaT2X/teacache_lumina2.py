@@ -1115,6 +1115,7 @@ def warn_of_few_steps(num_steps, rel_l1_thresh=None, computed_steps=None, tolera
 
 
 def load_pipeline(args):
+    warnings.simplefilter("ignore", FutureWarning)  # of diffusers, whose oldest version knows only torch_dtype
     options = {"torch_dtype": getattr(torch, args.dtype)}
     if args.transformer:
         of = {"config": args.model, "subfolder": "transformer"}
@@ -1151,7 +1152,6 @@ def setting_of(args):
 def main(argv=None):
     args = parse_args(argv)
     warn_of_few_steps(args.num_inference_steps, **limits_of(args))
-    warnings.simplefilter("ignore", FutureWarning)  # of diffusers, whose oldest version knows only torch_dtype
     pipeline = load_pipeline(args)
     image, seconds, schedule = generate(pipeline, args)
     output = free_name(args.output)  # another run may have taken the name
