@@ -27,7 +27,7 @@ else:
 
 PROMPTS = [teacache_lumina2.PROMPT, "penguin with umbrella"]
 THRESHOLDS = [0.3, 0.9]  # the second one computes about 8 of 30 steps of the bundled model
-BUDGETS = [(15, None), (8, None), (8, 8)]  # (computed steps, all steps; None: --num-inference-steps), where they fit
+BUDGETS = [(15, None), (8, None), (8, 8)]  # (computed steps, all steps; None: --num-inference-steps), those that fit
 
 
 def budget(text):
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     if args.repeats < 1:
         args.parser.error(f"--repeats must be at least 1, not {args.repeats}")
     if args.budgets is None:
-        args.budgets = [(k, n) for k, n in BUDGETS if k <= (n or args.num_inference_steps)]
+        args.budgets = [(k, n) for k, n in BUDGETS if k < args.num_inference_steps]
     budgets = dict.fromkeys((k, n or args.num_inference_steps) for k, n in args.budgets)
     limits = [{"rel_l1_thresh": t} for t in dict.fromkeys([0.0, *args.thresholds])]
     limits += [{"computed_steps": k, "steps": n} for k, n in budgets] + [{"tolerance": t} for t in args.tolerances]

@@ -290,6 +290,8 @@ def shifted_timesteps(timesteps, num_steps):
     """
     done = len(timesteps) - 1
     left = 1 - done / num_steps
+    if left <= 0:  # none are to come
+        return list(timesteps)
     first_sigma = (1 - timesteps[0]) or 1.0
     sigma = (1 - timesteps[-1]) / first_sigma
     shift = sigma * (1 - left) / (left * (1 - sigma)) if 0 < sigma < 1 else 1.0
@@ -921,7 +923,7 @@ def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, tole
 
 OUTPUT = Path("teacache_lumina2_output.png")
 LIMITS = "rel_l1_thresh", "computed_steps", "tolerance"
-FEW_STEPS = 5  # with fewer computed ones, plain steps come closer, see warn_of_few_steps
+FEW_STEPS = 5  # with fewer computed ones, plain steps may come closer, see warn_of_few_steps
 COMFYUI_PREFIX = "model.diffusion_model."  # of the names of weights in single files for ComfyUI
 WHICH_SETTING = """\
 which setting?    line to edit         or flag              at shift 6, 30 steps
@@ -1109,7 +1111,7 @@ def warn_of_few_steps(num_steps, rel_l1_thresh=None, computed_steps=None, tolera
     _, budget, _ = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
     budget = len(budget) if isinstance(budget, (list, tuple)) else budget
     if budget is not None and budget < min(FEW_STEPS, num_steps):
-        reason = "at shift 2, 4 plain steps of the bundled model came closer to its 30 steps than 4 computed of 30"
+        reason = "of 30 steps of the bundled model, 4 plain ones are closer at shift 2, 4 computed ones at shift 6"
         plain = f"--num-inference-steps {budget} --rel-l1-thresh 0"
         print(f"Warning: {budget} computed steps are few ({reason}). Try {plain}", file=sys.stderr)
 

@@ -315,6 +315,8 @@ def shifted_timesteps(timesteps, num_steps):
     """
     done = len(timesteps) - 1
     left = 1 - done / num_steps
+    if left <= 0:  # none are to come
+        return list(timesteps)
     first_sigma = (1 - timesteps[0]) or 1.0
     sigma = (1 - timesteps[-1]) / first_sigma
     shift = sigma * (1 - left) / (left * (1 - sigma)) if 0 < sigma < 1 else 1.0

@@ -24,7 +24,9 @@ def test_columns():
 
     default = [(t, None, 30) for t in (0.0, 0.3, 0.9)]
     assert columns() == [*default, (None, 15, 30), (None, 8, 30), (None, 8, 8)]
-    assert columns("--num-inference-steps", "8")[3:] == [(None, 8, 8)], "those that fit, once"
+    assert columns("--num-inference-steps", "9")[3:] == [(None, 8, 9), (None, 8, 8)], "those that fit"
+    assert columns("--num-inference-steps", "8")[3:] == []
+    assert columns("--computed-steps", "15", "15/30", "8/8")[3:] == [(None, 15, 30), (None, 8, 8)], "each once"
     assert parse_args(["--model", str(BUNDLED)]).prompts == [teacache_lumina2.PROMPT, "penguin with umbrella"]
     some = columns("--rel-l1-thresh", "0.2", "0", "0.2", "--computed-steps", "15", "15/100")
     assert some == [(0.0, None, 30), (0.2, None, 30), (None, 15, 30), (None, 15, 100)]

@@ -57,7 +57,7 @@ PLANS = (  # case, computed steps
     ((8.0, 2.0, 1.0), 10),
     ((4.0, 6.0, 0.25), 10),
 )
-FEW = 4, 5, 6, 8  # computed of 30 steps, against as many plain steps
+FEW = 4, 5, 6, 8, 15  # computed of 30 steps, against as many plain steps
 FEW_CASES = (4.0, 2.0, 1.0), (4.0, 6.0, 1.0)
 
 
@@ -138,14 +138,14 @@ def rows(trial, planning, proving):
     for case in CASES:
         for name, settings in WAYS.items():
             measure = partial(measure_way, trial, case, STEPS, settings, (case, STEPS))
-            yield record.slug(*case, name), case, lambda name=name, measure=measure: {"way": name, **measure()}
+            yield record.slug("case", *case, name), case, lambda name=name, measure=measure: {"way": name, **measure()}
     for case in CONVERGING:
         name, converged = f"15 of {MORE_STEPS}, to converged", ((case[0], 3.0, 1.0), CONVERGED)
         measure = partial(measure_way, trial, case, MORE_STEPS, {"computed_steps": 15}, converged)
-        yield record.slug(*case, name), case, lambda name=name, measure=measure: {"way": name, **measure()}
+        yield record.slug("case", *case, name), case, lambda name=name, measure=measure: {"way": name, **measure()}
     for case in FEW_CASES:
         for k in FEW:
-            yield record.slug(*case, "few", k), case, partial(measure_few, trial, case, k)
+            yield record.slug("case", *case, "few", k), case, partial(measure_few, trial, case, k)
 
 
 @torch.no_grad()

@@ -240,6 +240,7 @@ def front_memo(results):
         ("TeaCache, 0.15", "teacache_0_15"),
         ("**the same, corrected**", "teacache_corrected_0_15"),
         ("**`computed_steps` 10**", "computed_steps_10"),
+        ("**`computed_steps` 14**", "computed_steps_14"),
         ("**`tolerance` 0.003**", "tolerance_0_003"),
     ]
     rows = [(name, found[f"steps_20_{key}"]) for name, key in names if f"steps_20_{key}" in found]
@@ -288,6 +289,7 @@ def plans(results):
 def few(results):
     """Few computed of 30 steps, against as many plain ones."""
     rows = [row for row in vars(results["correction"]).values() if hasattr(row, "few")]
+    rows.sort(key=lambda row: (row.case, row.few))
     head = ["guidance, shift", "steps", "computed of 30", "plain"]
     return markdown(head, [[case_of(row), row.few, cell(row, "computed"), cell(row, "plain")] for row in rows])
 
