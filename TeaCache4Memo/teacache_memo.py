@@ -293,7 +293,7 @@ def spread(timesteps, last_computed, step, count):
     distance = np.triu(position - position[:, None])  # [j, m]: of step m from step j
     errors = length * distance**2  # [j, m]: of skipping m, if j was the last computed step
     costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k
-    costs = np.rint(1e4 * costs)  # whole numbers: rounding must not decide between equal sums
+    costs = np.rint(100 * costs)  # whole numbers: rounding must not decide between equal sums
     costs[np.tril_indices(len(position))] = math.inf  # k comes after j
     costs[0, : step - last_computed] = math.inf  # a past step cannot be computed any more
     least, previous = costs[0], []  # [k]: least cost if k is computed; the computed step before k

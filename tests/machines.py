@@ -159,7 +159,7 @@ def choose_steps(times, last, count):
     way = [0.75 * steps * (t - times[0]) / ((1 - times[0]) or 1.0) + 0.25 * i for i, t in enumerate(times)] + [steps]
 
     def error(j, k):
-        return round(1e4 * sum((way[m + 1] - way[m]) * (way[m] - way[j]) ** 2 for m in range(j + 1, k)))
+        return round(100 * sum((way[m + 1] - way[m]) * (way[m] - way[j]) ** 2 for m in range(j + 1, k)))
 
     choices = itertools.combinations(range(last + 1, steps - 1), min(count, steps - 1 - last) - 1) if count else ()
     sums = {chosen: sum(map(error, (last, *chosen), (*chosen, steps - 1))) for chosen in choices}
