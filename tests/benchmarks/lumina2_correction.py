@@ -100,14 +100,14 @@ class Trial:
         return [psnr(image, reference) for image, reference in zip(images, self.references[case, steps])]
 
 
-def measure_way(trial, case, steps, settings, reference):
+def measure_way(trial, name, case, steps, settings, reference):
     """With and without the correction, PSNR to the image of the (case, steps) `reference`."""
-    row = {}
-    for name, correct in (("corrected", True), ("not_corrected", False)):
+    row = {"way": name}
+    for column, correct in (("corrected", True), ("not_corrected", False)):
         teacache_lumina2.CORRECT = correct
-        images, row[f"passes_{name}"] = trial.draw(case, steps, **settings)
+        images, row[f"passes_{column}"] = trial.draw(case, steps, **settings)
         teacache_lumina2.CORRECT = True
-        row[name] = trial.compare(images, *reference)
+        row[column] = trial.compare(images, *reference)
     return row
 
 
@@ -137,12 +137,12 @@ def rows(trial, planning, proving):
         yield record.slug("plan", *case, k), case, partial(measure_plan, proving, planning, case, k)
     for case in CASES:
         for name, settings in WAYS.items():
-            measure = partial(measure_way, trial, case, STEPS, settings, (case, STEPS))
-            yield record.slug("case", *case, name), case, lambda name=name, measure=measure: {"way": name, **measure()}
+            measure = partial(measure_way, trial, name, case, STEPS, settings, (case, STEPS))
+            yield record.slug("case", *case, name), case, measure
     for case in CONVERGING:
         name, converged = f"15 of {MORE_STEPS}, to converged", ((case[0], 3.0, 1.0), CONVERGED)
-        measure = partial(measure_way, trial, case, MORE_STEPS, {"computed_steps": 15}, converged)
-        yield record.slug("case", *case, name), case, lambda name=name, measure=measure: {"way": name, **measure()}
+        measure = partial(measure_way, trial, name, case, MORE_STEPS, {"computed_steps": 15}, converged)
+        yield record.slug("case", *case, name), case, measure
     for case in FEW_CASES:
         for k in FEW:
             yield record.slug("case", *case, "few", k), case, partial(measure_few, trial, case, k)
