@@ -34,12 +34,10 @@ import itertools
 import math
 import os
 import sys
-import threading
 import time
 import warnings
 from pathlib import Path
 from types import MethodType
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -171,6 +169,8 @@ def modulated_input(block, hidden_states, temb):
     It takes the place of the block's forward for one call: with offloading, the hooks around it load the weights.
     """
     slot = find_forward(block, is_stock)
+    if slot is None or not hasattr(block, "norm1"):
+        raise ValueError(f"the first block is a {type(block).__name__}: use computed_steps, or remove the other cache")
     stock = getattr(*slot)
     setattr(*slot, lambda hidden_states, temb: block.norm1(hidden_states, temb)[0])
     try:
@@ -206,9 +206,8 @@ def choose_steps(sigmas, count):
     needs them. Dynamic programming finds the least sum.
     """
     num_steps = len(sigmas)
-    position = 0.75 * num_steps * (1 - np.array(sigmas) / (sigmas[0] or 1)) + 0.25 * np.arange(
-        num_steps
-    )  # in mean steps
+    done = 1 - np.array(sigmas) / (sigmas[0] or 1)  # 0 at the first step, 1 at the image
+    position = 0.75 * num_steps * done + 0.25 * np.arange(num_steps)  # in mean steps
     length = np.diff(position, append=num_steps)
     errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
     costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k
@@ -346,7 +345,7 @@ class TeaCacheState:
 
 def find_step(model, sigma):
     """The state of the running generation, at the step of this call. sigma: a tensor, 1 is noise, 0 the image."""
-    cache, scheduler = vars(model).get("teacache"), vars(model).get("teacache_scheduler")
+    cache, scheduler = vars(model).get("teacache") or TeaCacheState(), vars(model).get("teacache_scheduler")
     is_on = getattr(model, "enable_teacache", False)
     if torch.is_grad_enabled() or (scheduler is None and not is_on):
         cache = TeaCacheState()
@@ -361,11 +360,11 @@ def find_step(model, sigma):
 
 def count_step(model, cache, sigma):
     """A network alone: a generation begins where sigma rises or a call has not finished, and a step where it falls."""
-    if cache is None or sigma > cache.sigma or cache.was_interrupted or len(cache.sigmas) == 1:
-        if cache is not None and len(cache.schedule) != len(cache.sigmas):
+    if sigma > cache.sigma or cache.was_interrupted or len(cache.sigmas) == 1:
+        if cache.sigmas and len(cache.schedule) != len(cache.sigmas):
             ran = f"the last generation ran {len(cache.schedule)} of {len(cache.sigmas)} steps (or was stopped)"
             warnings.warn(f"TeaCache: {ran}: set num_steps to num_inference_steps", stacklevel=4)
-        num_steps = getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS
+        num_steps = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS)
         cache = new_generation(model, [1 - step / num_steps for step in range(num_steps)])  # as if evenly spaced
     if sigma != cache.sigma:
         cache.begin_step(cache.step + 1, sigma)
@@ -379,7 +378,7 @@ def follow(model, cache, scheduler, sigma):
     wrong. Returns None if the scheduler does not drive this loop.
     """
     timesteps, index = scheduler.timesteps, scheduler.step_index  # set_timesteps makes a new tensor; None: no step yet
-    is_known = cache is not None and cache.timesteps is timesteps
+    is_known = cache.timesteps is timesteps
     has_ended = index is not None and index >= len(timesteps)
     if has_ended or (is_known and not cache.sigmas):
         return None
@@ -398,7 +397,7 @@ def follow(model, cache, scheduler, sigma):
 
 def compute_all(cache, timesteps, sigma):
     """A loop that the scheduler does not drive, until its timesteps are set again: a warning for each image."""
-    if cache is None or cache.timesteps is not timesteps or cache.sigmas or sigma > cache.sigma:
+    if cache.timesteps is not timesteps or cache.sigmas or sigma > cache.sigma:
         why = "the scheduler that it was applied with does not drive this loop"
         warnings.warn(f"TeaCache: {why}: all steps are computed; apply it to the pipeline again", stacklevel=4)
         cache = TeaCacheState(timesteps=timesteps)
@@ -507,34 +506,18 @@ def is_corrected(scheduler):
 
 def watch(scheduler, cache):
     """Have Euler's scheduler correct the latents of this generation. Others stay as they are."""
-    if is_euler(scheduler):
+    if type(scheduler) is FlowMatchEulerDiscreteScheduler or "teacache" in vars(scheduler):
         scheduler.__class__ = CorrectedEulerScheduler
         scheduler.teacache = cache
 
 
-def unwatch(scheduler):
-    if is_euler(scheduler):
-        scheduler.__class__ = FlowMatchEulerDiscreteScheduler
-        vars(scheduler).pop("teacache", None)
-
-
-def is_euler(scheduler):
-    """By name, which ours has too: this module may have been reloaded, or imported under two names."""
-    return type(scheduler).__name__ == FlowMatchEulerDiscreteScheduler.__name__
-
-
 # ---- switching on and off ----------------------------------------------------
+
+ATTRIBUTES = "enable_teacache num_steps rel_l1_thresh computed_steps coefficients teacache teacache_scheduler".split()
 
 
 def apply_teacache(
-    model,
-    num_steps=None,
-    rel_l1_thresh=None,
-    coefficients=None,
-    *,
-    computed_steps=None,
-    scheduler=None,
-    tolerance=None,
+    model, num_steps=None, rel_l1_thresh=None, coefficients=None, *, computed_steps=None, scheduler=None, tolerance=None
 ):
     """Switch TeaCache on for a pipeline, or for its network alone, before or after offloading is enabled.
 
@@ -564,7 +547,7 @@ def apply_teacache(
     slot = find_forward(network, is_stock)
     if slot is not None:
         setattr(*slot, BoundForward(teacache_forward, network))
-    elif "enable_teacache" not in vars(network):  # else somebody's wrapper has ours inside
+    elif "enable_teacache" not in vars(network):  # ours is not inside of somebody's wrapper
         raise ValueError(f"the forward of this {type(network).__name__} was replaced: apply TeaCache before that")
     network.enable_teacache = True
     network.num_steps = num_steps
@@ -584,12 +567,13 @@ def remove_teacache(model):
         del network.forward  # the class has it
     elif slot is not None:
         setattr(*slot, MethodType(type(network).forward, network))
-    unwatch(vars(network).get("teacache_scheduler"))
-    names = "enable_teacache num_steps rel_l1_thresh computed_steps coefficients teacache teacache_scheduler".split()
-    for name in names:
+    is_wrapped = slot is None and {"enable_teacache", "forward"} <= set(vars(network))  # somebody's wrapper has ours
+    scheduler = vars(network).get("teacache_scheduler")
+    if scheduler is not None and vars(scheduler).pop("teacache", None) is not None:
+        scheduler.__class__ = FlowMatchEulerDiscreteScheduler
+    for name in ATTRIBUTES:
         vars(network).pop(name, None)
-    is_wrapped = slot is None and "forward" in vars(network)
-    if is_wrapped or getattr(network, "enable_teacache", False):
+    if is_wrapped or getattr(network, "enable_teacache", False):  # or its class has it on
         network.enable_teacache = False
     return model
 
