@@ -34,42 +34,30 @@ else:
 PLANNING = PROVING = 4  # prompts
 
 
-def parse_args(argv=None):
-    """The arguments; `planning` and `proving` have four (prompt, seed) each."""
-
-    def extend(parser):
-        parser.add_argument("prompts", metavar="FILE", help="UTF-8 text, one prompt per line, eight or more")
-        parser.set_defaults(default_output=None, parser=parser)  # it writes no picture
-
-    args = teacache_lumina2.parse_args(argv, extend)
-    try:
-        if args.computed_steps is None:
-            raise ValueError("give --computed-steps, such as 10: the number of steps to plan")
-        drawn = choose_prompts(Path(args.prompts), args.seed)
-        teacache_lumina2.check_seed(args.seed + len(drawn) - 1)
-    except (OSError, ValueError) as error:
-        args.parser.error(str(error))
-    jobs = [(prompt, args.seed + i) for i, prompt in enumerate(drawn)]
-    args.planning, args.proving = jobs[:PLANNING], jobs[PLANNING:]
-    return args
+def build_parser():
+    parser = teacache_lumina2.build_parser()
+    parser.add_argument("prompts", metavar="FILE", help="UTF-8 text, one prompt per line, eight or more")
+    return parser
 
 
-def choose_prompts(path, seed):
-    """Eight different prompts of a file, at random."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    prompts = list(dict.fromkeys(filter(None, lines)))
+def choose_jobs(args):
+    """Eight (prompt, seed), the prompts different ones of the file, at random. Raises ValueError if there are fewer."""
+    if args.computed_steps is None:
+        raise ValueError("give --computed-steps, such as 10: the number of steps to plan")
+    lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if len(prompts) < PLANNING + PROVING:
         need = f"{PLANNING} to plan and {PROVING} others to prove the plan"
-        raise ValueError(f"{path} has {len(prompts)} different prompts; {need} are needed")
-    return random.Random(seed).sample(prompts, PLANNING + PROVING)
+        raise ValueError(f"{args.prompts} has {len(prompts)} different prompts; {need} are needed")
+    chosen = random.Random(args.seed).sample(prompts, PLANNING + PROVING)
+    return [(prompt, args.seed + i) for i, prompt in enumerate(chosen)]
 
 
 def draw(pipeline, args, job, computed_steps=None):
     """A PIL image, with these steps computed; without a cache if there are none."""
     prompt, seed = job
-    limits = dict.fromkeys(teacache_lumina2.LIMITS) | {"computed_steps": computed_steps}
-    if computed_steps is None:
-        limits["rel_l1_thresh"] = 0.0
+    threshold = 0.0 if computed_steps is None else None
+    limits = {"rel_l1_thresh": threshold, "computed_steps": computed_steps}
     settings = {**vars(args), **limits, "prompt": prompt, "seed": seed}
     return teacache_lumina2.generate(pipeline, Namespace(**settings))[0]
 
@@ -201,8 +189,13 @@ def report(default, planned, schedule, plan, about):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    pipeline = teacache_lumina2.load_pipeline(args)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with teacache_lumina2.one_line_errors(parser):
+        jobs = choose_jobs(args)
+        args.planning, args.proving = jobs[:PLANNING], jobs[PLANNING:]
+        teacache_lumina2.check_args(args)
+        pipeline = teacache_lumina2.load_pipeline(args)
     pipeline.set_progress_bar_config(disable=True)
     shift = pipeline.scheduler.config.get("shift")
     about = (
