@@ -68,7 +68,7 @@ def find_jobs(args):
     jobs, earlier = {}, Counter()
     for prompt in read_prompts(args.prompts):
         job = {"prompt": prompt, "seed": args.seed + earlier[prompt], **settings}
-        jobs[args.output_dir / name(job)] = job
+        jobs[args.output_dir / file_name(job)] = job
         earlier[prompt] += 1
     return jobs
 
@@ -86,7 +86,7 @@ def digest(thing):
     return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:8]
 
 
-def name(job):
+def file_name(job):
     """the-first-words-0123abcd.png"""
     words = re.sub(r"[\W_]+", "-", job["prompt"].lower()).strip("-")[:48].rstrip("-")
     return f"{words}-{digest(job)}.png".lstrip("-")

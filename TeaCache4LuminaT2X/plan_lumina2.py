@@ -75,26 +75,29 @@ class Step(NamedTuple):
 def recording(pipeline):
     """The steps that are drawn within, as a list that grows."""
     teacache_lumina2.remove_teacache(pipeline)  # it wraps the scheduler as well
-    network, stock, steps, outputs = pipeline.transformer, pipeline.scheduler.step, [], []
+    network, scheduler, steps, outputs = pipeline.transformer, pipeline.scheduler, [], []
+    stock, is_wrapped = scheduler.step, "step" in vars(scheduler)
 
     def keep(module, inputs, output):
         outputs.append(output[0])
 
     def step(velocity, timestep, *args, **kwargs):
-        sigma = float(timestep) / pipeline.scheduler.config.num_train_timesteps
+        sigma = float(timestep) / scheduler.config.num_train_timesteps
         guided, conditional = (v.flatten().cpu().double() for v in (velocity, -outputs[0]))  # the pipeline turns signs
         steps.append(Step(sigma, guided, conditional, len(outputs)))
         outputs.clear()
         return stock(velocity, timestep, *args, **kwargs)
 
     hook = network.register_forward_hook(keep)
-    pipeline.scheduler.step = functools.update_wrapper(step, stock)
+    scheduler.step = functools.update_wrapper(step, stock)
     try:
         yield steps
     finally:
         hook.remove()
         teacache_lumina2.remove_teacache(pipeline)
-        pipeline.scheduler.step = stock
+        del scheduler.step
+        if is_wrapped:  # by somebody else
+            scheduler.step = stock
 
 
 def coordinates(steps):
@@ -196,14 +199,13 @@ def main(argv=None):
         args.planning, args.proving = jobs[:PLANNING], jobs[PLANNING:]
         teacache_lumina2.check_args(args)
         pipeline = teacache_lumina2.load_pipeline(args)
-    pipeline.set_progress_bar_config(disable=True)
+        pipeline.set_progress_bar_config(disable=True)
+        with tqdm(total=PLANNING + PROVING, unit="prompt") as bar:
+            plan = make_plan(pipeline, args, bar)
+            default, planned, schedule = measure(pipeline, args, plan, bar)
     shift = pipeline.scheduler.config.get("shift")
-    about = (
-        f"{args.num_inference_steps} steps" if shift is None else f"shift {shift:g}, {args.num_inference_steps} steps"
-    )
-    with tqdm(total=PLANNING + PROVING, unit="prompt") as bar:
-        plan = make_plan(pipeline, args, bar)
-        default, planned, schedule = measure(pipeline, args, plan, bar)
+    about = f"{args.num_inference_steps} steps"
+    about = about if shift is None else f"shift {shift:g}, {about}"
     print(*report(default, planned, schedule, plan, about), sep="\n")
 
 
