@@ -33,7 +33,6 @@ import inspect
 import itertools
 import math
 import os
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -42,7 +41,7 @@ from types import MethodType
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
-from diffusers.loaders.single_file_utils import convert_lumina2_to_diffusers, load_single_file_checkpoint
+from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
@@ -660,46 +659,12 @@ def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, coef
 # ------------------------------------------------------------------------------
 
 OUTPUT = Path("teacache_lumina2_output.png")
-LIMITS = "rel_l1_thresh", "computed_steps", "tolerance"
-FEW_STEPS = 5  # with fewer computed ones, plain steps may come closer, see warn_of_few_steps
 COMFYUI_PREFIX = "model.diffusion_model."  # of the names of weights in single files for ComfyUI
-WHICH_SETTING = """\
-which setting?    line to edit         or flag              at shift 6, 30 steps
-TeaCache's rule   REL_L1_THRESH = 0.3  --rel-l1-thresh 0.3  24 computed, 44.3 dB
-N times fewer     COMPUTED_STEPS = 15  --computed-steps 15  15 computed, 61.4 dB
-no visible change TOLERANCE = 0.003    --tolerance 0.003    14 computed, 60.4 dB
-"""
 
 
-class FlagParser(argparse.ArgumentParser):
-    """Takes --computed_steps for --computed-steps, and so on. An error is one line that mentions --help."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([with_hyphens(word) for word in words], namespace)
-
-    def error(self, message):
-        super().error(" ".join(str(message).split()) + " (see --help)")
-
-
-def with_hyphens(word):
-    """--computed-steps=15 for --computed_steps=15; what is no flag is returned as it is."""
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
-
-
-def parse_args(argv=None, extend=lambda parser: None):
-    """The arguments, checked before anything is loaded. `extend` adds or replaces flags, for other tools.
-
-    A tool may set the defaults `default_output` (None: it writes no picture) and `beside`, suffixes of the files that
-    it writes beside the picture.
-    """
-    parser = FlagParser(
-        usage=argparse.SUPPRESS,
-        conflict_handler="resolve",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=WHICH_SETTING,
-    )
+def build_parser():
+    """The flags. Other tools take them from here, and add or replace some."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, conflict_handler="resolve")
     add = parser.add_argument
     add("--model", help=f"folder or Hub name; default {MODEL} with a CUDA GPU, else the bundled emoji model")
     add("--transformer", metavar="FILE", help="single-file checkpoint of the transformer, such as Neta Lumina")
@@ -707,7 +672,6 @@ def parse_args(argv=None, extend=lambda parser: None):
     add("--negative-prompt", default=NEGATIVE_PROMPT)
     add("--rel-l1-thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
     add("--computed-steps", type=int, help="instead of a threshold: number of computed steps")
-    add("--tolerance", type=float, help="instead of a threshold: largest expected error, say 0.003")
     add("--num-inference-steps", type=int, default=NUM_INFERENCE_STEPS)
     add("--height", type=int, default=HEIGHT)
     add("--width", type=int, default=WIDTH)
@@ -717,122 +681,63 @@ def parse_args(argv=None, extend=lambda parser: None):
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default bfloat16 on a GPU, float32 on a CPU")
     add("--offload", choices=["none", "model", "sequential"], default="none", help="keep the weights in CPU memory")
     add("--output", type=Path, help=f"a new file; default {OUTPUT}, or the next free number")
-    parser.set_defaults(default_output=OUTPUT, beside=())
-    extend(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+@contextlib.contextmanager
+def one_line_errors(parser):
+    """What goes wrong within ends the program with one line, whether it was seen in advance or not."""
     try:
-        bundled = choose_model(args)
-        check_flags(args)
-        if args.default_output is not None:
-            args.output = args.output or free_name(args.default_output, args.beside)
-            check_output(args.output, args.beside)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    if bundled:
-        print(f"No CUDA GPU: using the bundled emoji model. For the real one: --model {MODEL}")
-    return args
+        yield
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        parser.error(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
-def choose_model(args):
-    """Set model, device and dtype where they are not given. Returns whether the bundled model was chosen."""
+def check_args(args):
+    """Fill in setting, model, device and dtype. Raise ValueError for what is seen to be wrong without loading."""
+    if args.rel_l1_thresh is None and args.computed_steps is None:
+        args.computed_steps = COMPUTED_STEPS
+        args.rel_l1_thresh = REL_L1_THRESH if COMPUTED_STEPS is None else None
+    check_settings(args.num_inference_steps, args.rel_l1_thresh, args.computed_steps)
+    for size in (args.height, args.width):
+        if size is not None and (size < 16 or size % 16):
+            raise ValueError(f"--height and --width must be multiples of 16, not {size}")
+    file = args.transformer or ""
+    if file.endswith(".gguf"):
+        own_code = "load it in your own code with diffusers' GGUFQuantizationConfig, then apply_teacache(pipeline)"
+        raise ValueError(f"--transformer {file} is a GGUF file: give a .safetensors file, or {own_code}")
+    if file and "://" not in file and not Path(file).is_file():
+        raise ValueError(f"--transformer {file}: no such file")
     args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    bundled = args.model is None and args.device != "cuda"
-    if bundled:
+    if args.model is None and args.device == "cuda":
+        args.model = MODEL
+    elif args.model is None:
         if not BUNDLED_MODEL.is_dir():
             raise ValueError(f"no CUDA GPU for the real model, no bundled one: give --model, {MODEL} or a small one")
+        print(f"No CUDA GPU: using the bundled emoji model. For the real one: --model {MODEL}")
         args.model, args.device = str(BUNDLED_MODEL), "cpu"
-    args.model = args.model or MODEL
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    return bundled
 
 
-def check_flags(args):
-    """Raise ValueError or OSError for what cannot work. Of the model it reads the configuration only."""
-    check_settings(args.num_inference_steps, **limits_of(args))
-    check_seed(args.seed)
-    if not (math.isfinite(args.guidance_scale) and math.isfinite(args.cfg_trunc_ratio)):
-        raise ValueError("--guidance-scale and --cfg-trunc-ratio must be finite numbers")
-    kind = Lumina2Pipeline.load_config(args.model).get("_class_name")
-    if kind not in ("Lumina2Pipeline", "Lumina2Text2ImgPipeline"):
-        raise ValueError(f"{args.model} is a {kind}: give a Lumina2Pipeline, such as {MODEL}")
-    config = Lumina2Transformer2DModel.load_config(args.model, subfolder="transformer")
-    with torch.device("meta"):  # names and shapes without weights
-        network = Lumina2Transformer2DModel.from_config(config)
-    _, rows, columns = network.config.axes_lens  # most patches of 16 pixels that the model knows positions for
-    check_size("--height", args.height, 16 * rows)
-    check_size("--width", args.width, 16 * columns)
-    if args.transformer:
-        check_transformer(args.transformer, network, args.model)
+def check_output(picture, *beside):
+    """Raise ValueError or OSError if the picture, or a file beside it, exists or cannot be written."""
+    if picture.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--output {picture} must end in .png, .jpg, .jpeg or .webp")
+    for path in (picture, *beside):
+        path.open("x").close()
+        path.unlink()
 
 
-def check_seed(seed):
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"the seed must be at most {2**64 - 1}, not {seed}")
-
-
-def check_size(flag, size, longest):
-    if size is not None and (not 0 < size <= longest or size % 16):
-        raise ValueError(f"{flag} must be a multiple of 16, at most {longest} for this model, not {size}")
-
-
-def check_transformer(file, network, model):
-    """Raise ValueError unless the file has all weights of the network."""
-    is_url = "://" in file
-    if not is_url and not Path(file).is_file():
-        raise ValueError(f"--transformer {file}: no such file")
-    if file.endswith(".gguf") or not is_url and Path(file).open("rb").read(4) == b"GGUF":
-        own_code = "or load it in your own code with diffusers' GGUFQuantizationConfig, then apply_teacache(pipeline)"
-        raise ValueError(f"--transformer {file} is a GGUF file: give a .safetensors file, {own_code}")
-    try:
-        weights = read_transformer(file)  # mapped into memory, hardly read
-    except Exception as error:
-        raise ValueError(f"--transformer {file} cannot be read as a checkpoint: download it again") from error
-    try:
-        weights = convert_lumina2_to_diffusers(weights)
-    except RuntimeError:  # it splits by the widths of Lumina-Image-2.0
-        weights = {}
-    shapes = {name: weight.shape for name, weight in network.state_dict().items()}
-    wrong = [name for name in shapes if name not in weights or weights[name].shape != shapes[name]]
-    if wrong:
-        which = f"{len(wrong)} of {len(shapes)} weights are missing or of another size, such as {wrong[0]}"
-        raise ValueError(f"--transformer {file} does not fit --model {model}: {which}")
-
-
-def read_transformer(file):
-    """{name: weight} of a single file; of one for ComfyUI those of the transformer, as diffusers' converter needs."""
-    weights = load_single_file_checkpoint(file)
-    prefixed = [name for name in weights if name.startswith(COMFYUI_PREFIX)]
-    return {name.removeprefix(COMFYUI_PREFIX): weights[name] for name in prefixed or weights}
-
-
-def check_output(path, beside=()):
-    """Raise ValueError if the picture, or a file beside it, exists or cannot be written."""
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--output {path} must end in .png, .jpg, .jpeg or .webp")
-    for file in files_of(path, beside):
-        try:
-            file.open("x").close()
-            file.unlink()
-        except FileExistsError:
-            raise ValueError(f"--output: {file} exists: give another name, or remove it") from None
-        except OSError as error:
-            raise ValueError(f"--output {file} cannot be written ({error.strerror}): give another folder") from None
-
-
-def files_of(path, beside):
-    return [path, *map(path.with_suffix, beside)]
-
-
-def free_name(path, beside=()):
+def free_name(path):
     """output.png, or output_2.png where that exists, and so on."""
     names = itertools.chain([path], (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(2)))
-    return next(name for name in names if not any(map(os.path.lexists, files_of(name, beside))))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 @contextlib.contextmanager
 def complete_file(path):
     """`with complete_file(path) as draft`: what is written to `draft` becomes `path`, or is removed after an error."""
-    draft = path.with_name(f".{path.stem[:40]}.{os.getpid()}{path.suffix}")
+    draft = path.with_name(f".{path.stem[-40:]}.{os.getpid()}.draft{path.suffix}")
     try:
         yield draft
         draft.replace(path)
@@ -840,27 +745,25 @@ def complete_file(path):
         draft.unlink(missing_ok=True)
 
 
-def limits_of(args):
-    return {name: getattr(args, name) for name in LIMITS}
-
-
-def warn_of_few_steps(num_steps, rel_l1_thresh=None, computed_steps=None, tolerance=None):
-    """Of a budget that is too small. Thresholds and tolerances compute more."""
-    _, budget, _ = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
-    budget = len(budget) if isinstance(budget, (list, tuple)) else budget
-    if budget is not None and budget < min(FEW_STEPS, num_steps):
-        reason = "of 30 steps of the bundled model, 4 plain ones are closer at shift 2, 4 computed ones at shift 6"
-        plain = f"--num-inference-steps {budget} --rel-l1-thresh 0"
-        print(f"Warning: {budget} computed steps are few ({reason}). Try {plain}", file=sys.stderr)
+def load_transformer(file, model, **options):
+    """The transformer of a single file. One for ComfyUI may hold other models too, and has a prefix to its names."""
+    weights = load_single_file_checkpoint(file)
+    prefixed = {name.removeprefix(COMFYUI_PREFIX): weights[name] for name in weights if name.startswith(COMFYUI_PREFIX)}
+    of = {"config": model, "subfolder": "transformer"}
+    try:
+        return Lumina2Transformer2DModel.from_single_file(prefixed or weights, **of, **options)
+    except (ValueError, RuntimeError, KeyError) as error:  # such as "no data" of a weight that the file lacks
+        raise ValueError(f"--transformer {file} does not fit --model {model}: {error}") from error
 
 
 def load_pipeline(args):
     warnings.simplefilter("ignore", FutureWarning)  # of diffusers, whose oldest version knows only torch_dtype
+    kind = Lumina2Pipeline.load_config(args.model)["_class_name"]
+    if not kind.startswith("Lumina2"):  # others may load for minutes, as they have parts of the same names
+        raise ValueError(f"{args.model} is a {kind}: give a Lumina2Pipeline, such as {MODEL}")
     options = {"torch_dtype": getattr(torch, args.dtype)}
     if args.transformer:
-        of = {"config": args.model, "subfolder": "transformer"}
-        weights = read_transformer(args.transformer)
-        options["transformer"] = Lumina2Transformer2DModel.from_single_file(weights, **of, **options)
+        options["transformer"] = load_transformer(args.transformer, args.model, **options)
     pipeline = Lumina2Pipeline.from_pretrained(args.model, **options)
     # Recipes:
     # pipeline.load_lora_weights("style.safetensors")
@@ -875,7 +778,7 @@ def load_pipeline(args):
 
 def generate(pipeline, args):
     """Returns a PIL image, the seconds that it took, and the schedule: True for each computed step."""
-    apply_teacache(pipeline, **limits_of(args))
+    apply_teacache(pipeline, rel_l1_thresh=args.rel_l1_thresh, computed_steps=args.computed_steps)
     names = "prompt negative_prompt num_inference_steps height width guidance_scale cfg_trunc_ratio".split()
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: equal noise on every device
     began = time.perf_counter()
@@ -883,22 +786,23 @@ def generate(pipeline, args):
     return image, time.perf_counter() - began, pipeline.transformer.teacache.schedule
 
 
-def setting_of(args):
-    """Such as "computed_steps 15"."""
-    limits = zip(LIMITS, limits_or_constants(**limits_of(args)))
-    return next(f"{name} {value}" for name, value in limits if value is not None)
-
-
 def main(argv=None):
-    args = parse_args(argv)
-    warn_of_few_steps(args.num_inference_steps, **limits_of(args))
-    pipeline = load_pipeline(args)
-    image, seconds, schedule = generate(pipeline, args)
-    output = free_name(args.output)  # another run may have taken the name
-    with complete_file(output) as draft:
-        image.save(draft)
-    corrected = ", corrected" if False in schedule and pipeline.transformer.teacache_clock.can_correct else ""
-    steps = f"{sum(schedule)} of {len(schedule)} steps computed ({setting_of(args)}{corrected})"
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        args.output = args.output or free_name(OUTPUT)
+        check_output(args.output)
+        check_args(args)
+        pipeline = load_pipeline(args)
+        image, seconds, schedule = generate(pipeline, args)
+        output = free_name(args.output)  # another run may have taken the name
+        with complete_file(output) as draft:
+            image.save(draft)
+    name = "rel_l1_thresh" if args.computed_steps is None else "computed_steps"
+    setting = f"{name} {getattr(args, name)}"
+    if False in schedule and is_corrected(pipeline.scheduler):
+        setting += ", corrected"
+    steps = f"{sum(schedule)} of {len(schedule)} steps computed ({setting})"
     print(f"saved {output}: {seconds:.1f} s, {steps}, seed {args.seed}")
 
 
