@@ -306,6 +306,13 @@ class Loop:
         return self.machine.script.apply_teacache(self, **way)
 
 
+def kept(model):
+    """The tensors that TeaCache holds, but for the scheduler's own timesteps."""
+    from conftest import tensors_in
+
+    return [t for t in tensors_in(model.teacache) if t is not model.teacache.timesteps]
+
+
 def fresh(loop, way, *args, **kwargs):
     """What a new network with these weights and a new scheduler give: the latents, and the schedule."""
     is_euler = isinstance(loop.scheduler, FlowMatchEulerDiscreteScheduler)
