@@ -33,7 +33,6 @@ import inspect
 import itertools
 import math
 import os
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -42,7 +41,7 @@ from types import MethodType
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
-from diffusers.loaders.single_file_utils import convert_lumina2_to_diffusers, load_single_file_checkpoint
+from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
@@ -69,7 +68,6 @@ COEFFICIENTS = COEFFICIENTS_V1
 
 DAMPING = 0.25  # of the extrapolation, see extrapolate
 CORRECT = True  # with a pipeline: correct the latents afterwards for what skipped steps got wrong, see Corrector
-CAUTION = 4.0  # of the correction: the larger, the less is corrected where the extrapolation errs
 # ------------------------------------------------------------------------------
 
 
@@ -97,9 +95,11 @@ def teacache_forward(
             unscale_lora_layers(self, lora_scale)
 
     # ---- TeaCache: a step that is skipped by extrapolation runs no part of the network ----
-    cache = find_step(self, sigma=1 - timestep.flatten()[0])  # one for the whole batch
+    cache = find_step(
+        self, sigma=1 - timestep.flatten()[0].float(), latents=hidden_states
+    )  # one sigma for the whole batch
     branch = cache.begin_call(hidden_states, encoder_hidden_states, encoder_attention_mask)
-    if cache.plan is not None and not should_calc(cache, branch):
+    if cache.plan is not None and not cache.should_calc(branch):
         output = extrapolate(branch.outputs, cache.sigma)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
     # ---- end of TeaCache ----
@@ -133,7 +133,7 @@ def teacache_forward(
     # ---- TeaCache: stock runs the layers at every step ----
     if cache.by_threshold and cache.calls == 1:
         cache.accumulate(branch, modulated_input(self.layers[0], hidden_states, temb))
-    if should_calc(cache, branch):
+    if cache.should_calc(branch):
         original_hidden_states = hidden_states
         for layer in self.layers:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -179,58 +179,85 @@ def modulated_input(block, hidden_states, temb):
         setattr(*slot, stock)
 
 
-# ---- which steps are computed, and what the others use ------------------------
+# ---- which step a call belongs to --------------------------------------------
 
 
-def should_calc(cache, branch):
-    """Whether this call runs the blocks: its step is computed, or it has nothing to reuse."""
-    return branch.is_empty or cache.schedule[-1]
+def find_step(model, sigma, latents):
+    """The state of the running generation, at the step of this call. sigma: a tensor, 1 is noise, 0 the image."""
+    cache, scheduler = vars(model).get("teacache") or TeaCacheState(), vars(model).get("teacache_scheduler")
+    if torch.is_grad_enabled():  # nothing is reused
+        cache = TeaCacheState()
+        cache.begin_step(0, -math.inf)
+    elif scheduler is None:
+        cache = count_step(model, cache, sigma.item())
+    else:
+        cache = follow(model, cache, scheduler, sigma, latents) or compute_all(cache, scheduler.timesteps, sigma.item())
+    is_on = getattr(model, "enable_teacache", False) and (cache.plan is not None or cache.rel_l1_thresh > 0)
+    cache.is_on = is_on and not cache.is_last_step
+    model.teacache = cache
+    return cache
 
 
-def relative_l1(new, old):
-    """mean |new - old| / mean |old|, accumulated in float32."""
-    return ((new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
+def count_step(model, cache, sigma):
+    """A network alone: a generation begins where sigma rises or a call has not finished, and a step where it falls."""
+    if sigma > cache.sigma or cache.was_interrupted or len(cache.sigmas) == 1:
+        if getattr(model, "enable_teacache", False) and cache.sigmas and len(cache.schedule) != len(cache.sigmas):
+            ran = f"the last generation ran {len(cache.schedule)} of {len(cache.sigmas)} steps (or was stopped)"
+            warnings.warn(f"TeaCache: {ran}: set num_steps to num_inference_steps", stacklevel=4)
+        num_steps = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS)
+        cache = new_generation(model, [1 - step / num_steps for step in range(num_steps)])  # as if evenly spaced
+    if sigma != cache.sigma:
+        cache.begin_step(cache.step + 1, sigma)
+    return cache
 
 
-def rescale(change, coefficients):
-    """The polynomial of a change. Where it is negative above a change of 0.1, it was not fitted: infinity."""
-    rescaled = np.polyval(coefficients, change)
-    return rescaled if rescaled >= 0 or change < 0.1 else math.inf
+def follow(model, cache, scheduler, sigma, latents):
+    """With a scheduler: a generation begins where the timesteps are set, and a step where step_index has risen by one.
 
-
-def choose_steps(sigmas, count):
-    """`count` of the steps with these sigmas, the first and the last among them, with the least expected error.
-
-    The error expected of a skipped step is its length times the square of its distance from the last computed one.
-    Distance is three quarters sigma and one quarter number of steps: a scheduler takes short steps where its model
-    needs them. Dynamic programming finds the least sum.
+    Whatever else happens begins a generation too, and its first step is computed: strange loops become slow, never
+    wrong. Returns None if the scheduler does not drive this loop.
     """
-    num_steps = len(sigmas)
-    done = 1 - np.array(sigmas) / (sigmas[0] or 1)  # 0 at the first step, 1 at the image
-    position = 0.75 * num_steps * done + 0.25 * np.arange(num_steps)  # in mean steps
-    length = np.diff(position, append=num_steps)
-    errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
-    costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k
-    costs = np.rint(100 * costs)  # whole numbers: rounding must not decide between equal sums
-    costs[np.tril_indices(num_steps)] = math.inf  # k comes after j
-    least, before = costs[0], []  # [k]: least sum if k is computed; the computed step before k
-    for _ in range(min(count, num_steps) - 2):
-        sums = least[:, None] + costs
-        least = sums.min(axis=0)
-        before.append(sums.argmin(axis=0))
-    chosen = [num_steps - 1]
-    for previous in reversed(before):
-        chosen.append(int(previous[chosen[-1]]))
-    return sorted({0, *chosen})
+    timesteps, index = scheduler.timesteps, scheduler.step_index  # set_timesteps makes a new tensor; None: no step yet
+    is_known = cache.timesteps is timesteps
+    has_ended = index is not None and index >= len(timesteps)
+    if has_ended or (is_known and not cache.sigmas):
+        return None
+    if is_known and index == cache.step + 1 and cache.sigmas[index] <= cache.sigma:
+        cache.begin_step(index, cache.sigmas[index], index)
+    elif not is_known or index != cache.index:
+        sigmas = (timesteps.cpu().double() / scheduler.config.num_train_timesteps).tolist()
+        step = np.abs(np.array(sigmas) - sigma.item()).argmin().item() if index is None else index
+        cache = new_generation(model, sigmas, step, timesteps)
+        cache.begin_step(step, sigmas[step], index)
+        watch(scheduler, cache)
+    # else another call of the running step
+    is_driven = latents is cache.latents or abs(sigma.item() - cache.sigma) < 0.002  # item() waits for the GPU
+    return cache if is_driven else None
 
 
-def extrapolate(outputs, sigma):
-    """v(s) of the formula at the top, from [(s0, v0), (s1, v1)]; from [(s1, v1)] alone it is v1."""
-    (s0, v0), (s1, v1) = outputs[0], outputs[-1]
-    if len(outputs) == 1:
-        return v1.clone()
-    g = (s1 - sigma) / (s0 - s1)
-    return v1 + (v1 - v0) * (g / (1 + DAMPING * g))
+def compute_all(cache, timesteps, sigma):
+    """A loop that the scheduler does not drive, until its timesteps are set again: a warning for each image."""
+    if cache.timesteps is not timesteps or cache.sigmas or sigma > cache.sigma:
+        why = "the scheduler that it was applied with does not drive this loop"
+        warnings.warn(f"TeaCache: {why}: all steps are computed; apply it to the pipeline again", stacklevel=4)
+        cache = TeaCacheState(timesteps=timesteps)
+    if sigma != cache.sigma:
+        cache.begin_step(cache.step + 1, sigma)
+    return cache
+
+
+def new_generation(model, sigmas, first=0, timesteps=None):
+    """With the settings of the model, else of its class, else the constants. first: the step that it begins with."""
+    rel_l1_thresh, plan = getattr(model, "rel_l1_thresh", None), getattr(model, "computed_steps", None)
+    if rel_l1_thresh is None and plan is None:
+        rel_l1_thresh, plan = REL_L1_THRESH, COMPUTED_STEPS
+    if plan is not None and np.ndim(plan) == 0:
+        plan = [first + step for step in choose_steps(sigmas[first:], int(plan))]
+    elif plan is not None:
+        check_plan(plan, len(sigmas))
+    coefficients = getattr(model, "coefficients", None)
+    coefficients = COEFFICIENTS if coefficients is None else coefficients
+    return TeaCacheState(sigmas, plan, rel_l1_thresh or 0.0, coefficients, timesteps)
 
 
 # ---- what is kept ------------------------------------------------------------
@@ -269,13 +296,13 @@ class TeaCacheState:
         self.rel_l1_thresh = rel_l1_thresh
         self.coefficients = coefficients
         self.timesteps = timesteps  # the scheduler's own tensor; None: a network alone
-        self.is_on = False  # whether this call may be skipped
+        self.is_on = False  # whether this call may be skipped, and keeps what later ones reuse
         self.step, self.sigma = -1, -math.inf  # the running step: none yet
-        self.index = None  # the scheduler's step_index in the running step
-        self.has_stepped = False  # the scheduler has ended the running step
+        self.index = None  # the scheduler's step_index when it was last seen
+        self.latents = None  # that the scheduler has returned
         self.schedule = []  # one entry a step: whether it is computed
         self.calls = 0  # of the network in the running step
-        self.branches, self.previous = [], []  # of the calls in the running step, and in the step before
+        self.branches, self.branches_before = [], []  # of the calls in the running step, and in the step before
         self.accumulated_rel_l1_distance = 0.0  # since the last computed step
         self.corrector = Corrector()
 
@@ -288,13 +315,12 @@ class TeaCacheState:
         return self.step >= len(self.sigmas) - 1
 
     @property
-    def by_threshold(self):
-        return self.is_on and self.plan is None and not self.is_last_step
+    def next_sigma(self):
+        return 0.0 if self.is_last_step else self.sigmas[self.step + 1]
 
     @property
-    def may_skip(self):
-        """Whether the next call may be skipped, as far as it is known before."""
-        return self.is_on and not self.schedule[-1] and self.calls < len(self.previous)
+    def by_threshold(self):
+        return self.is_on and self.plan is None
 
     @property
     def was_interrupted(self):
@@ -302,24 +328,28 @@ class TeaCacheState:
         return any(branch.is_empty for branch in self.branches)
 
     def begin_step(self, step, sigma, index=None):
-        self.step, self.sigma, self.index, self.has_stepped = step, sigma, index, False
-        self.previous, self.branches, self.calls = self.branches, [], 0
+        self.step, self.sigma, self.index = step, sigma, index
+        self.branches_before, self.branches, self.calls = self.branches, [], 0
         if self.is_last_step:
-            self.previous = []  # it is always computed: nothing is reused any more
-        self.schedule.append(self.plan is None or self.step in self.plan)  # with a threshold, see accumulate
+            self.branches_before = []  # nothing is reused any more
+        self.schedule.append(self.plan is None or step in self.plan)  # unless begin_call or accumulate change it
 
     def begin_call(self, latents, *conditioning):
-        """The branch of this call. Calls are known by their order; one that is another than in the last step is empty."""
+        """The branch of this call: that of the same place in the step before, or an empty one if it is another call."""
         layout = latents.shape, latents.dtype, latents.device
-        branch = self.previous[self.calls] if self.is_on and self.calls < len(self.previous) else None
+        branch = self.branches_before[self.calls] if self.is_on and self.calls < len(self.branches_before) else None
         if branch is None or not branch.fits(layout, conditioning):
             branch = Branch(layout, conditioning)
         self.calls += 1
         if self.calls == 1 and branch.is_empty:
-            self.schedule[-1:] = [True]
-        if self.is_on and not self.is_last_step:
+            self.schedule[-1] = True
+        if self.is_on:
             self.branches.append(branch)
         return branch
+
+    def should_calc(self, branch):
+        """Whether this call runs the blocks: its step is computed, or it has nothing to reuse."""
+        return branch.is_empty or self.schedule[-1]
 
     def accumulate(self, branch, modulated_input):
         """TeaCache's rule, in the first call of a step: compute when the accumulated change reaches the threshold."""
@@ -335,89 +365,62 @@ class TeaCacheState:
         """What a skipped step will use, at the end of a call: one that fails leaves nothing."""
         if self.by_threshold:
             branch.previous_residual = residual
-        elif self.is_on and not self.is_last_step:
+        elif self.is_on:
             earlier = [(s, v) for s, v in branch.outputs if s > self.sigma]  # Heun's scheduler, say, repeats a sigma
             branch.outputs = [*earlier[-1:], (self.sigma, output.clone())]  # the caller may write into its output
 
 
-# ---- which step a call belongs to --------------------------------------------
+# ---- which steps are computed, and what the others use -----------------------
 
 
-def find_step(model, sigma):
-    """The state of the running generation, at the step of this call. sigma: a tensor, 1 is noise, 0 the image."""
-    cache, scheduler = vars(model).get("teacache") or TeaCacheState(), vars(model).get("teacache_scheduler")
-    is_on = getattr(model, "enable_teacache", False)
-    if torch.is_grad_enabled() or (scheduler is None and not is_on):
-        cache = TeaCacheState()
-    elif scheduler is None:
-        cache = count_step(model, cache, sigma.item())
-    else:
-        cache = follow(model, cache, scheduler, sigma) or compute_all(cache, scheduler.timesteps, sigma.item())
-    cache.is_on = is_on and (cache.plan is not None or cache.rel_l1_thresh > 0)
-    model.teacache = cache
-    return cache
+def relative_l1(new, old):
+    """mean |new - old| / mean |old|, accumulated in float32."""
+    return ((new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
 
 
-def count_step(model, cache, sigma):
-    """A network alone: a generation begins where sigma rises or a call has not finished, and a step where it falls."""
-    if sigma > cache.sigma or cache.was_interrupted or len(cache.sigmas) == 1:
-        if cache.sigmas and len(cache.schedule) != len(cache.sigmas):
-            ran = f"the last generation ran {len(cache.schedule)} of {len(cache.sigmas)} steps (or was stopped)"
-            warnings.warn(f"TeaCache: {ran}: set num_steps to num_inference_steps", stacklevel=4)
-        num_steps = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS)
-        cache = new_generation(model, [1 - step / num_steps for step in range(num_steps)])  # as if evenly spaced
-    if sigma != cache.sigma:
-        cache.begin_step(cache.step + 1, sigma)
-    return cache
+def rescale(change, coefficients):
+    """The polynomial of a change. Where it is negative above a change of 0.1, it was not fitted: infinity.
 
-
-def follow(model, cache, scheduler, sigma):
-    """With a scheduler: a generation begins where the timesteps are set, and a step where step_index has risen by one.
-
-    Whatever else happens begins a generation too, and its first step is computed: strange loops become slow, never
-    wrong. Returns None if the scheduler does not drive this loop.
+    Small negative values are the fit's own, and are subtracted as published.
     """
-    timesteps, index = scheduler.timesteps, scheduler.step_index  # set_timesteps makes a new tensor; None: no step yet
-    is_known = cache.timesteps is timesteps
-    has_ended = index is not None and index >= len(timesteps)
-    if has_ended or (is_known and not cache.sigmas):
-        return None
-    if is_known and index == cache.step + 1:
-        cache.begin_step(index, cache.sigmas[index], index)
-    elif not is_known or index != cache.index or cache.has_stepped:
-        sigmas = (timesteps.cpu().double() / scheduler.config.num_train_timesteps).tolist()
-        step = np.abs(np.array(sigmas) - sigma.item()).argmin().item() if index is None else index
-        cache = new_generation(model, sigmas, step, timesteps)
-        cache.begin_step(step, sigmas[step], index)
-        watch(scheduler, cache)
-    if cache.may_skip:  # reading sigma would wait for the GPU
-        return cache
-    return cache if abs(sigma.item() - cache.sigma) < 0.002 else None  # more than rounding
+    rescaled = np.polyval(coefficients, change)
+    return rescaled if rescaled >= 0 or change < 0.1 else math.inf
 
 
-def compute_all(cache, timesteps, sigma):
-    """A loop that the scheduler does not drive, until its timesteps are set again: a warning for each image."""
-    if cache.timesteps is not timesteps or cache.sigmas or sigma > cache.sigma:
-        why = "the scheduler that it was applied with does not drive this loop"
-        warnings.warn(f"TeaCache: {why}: all steps are computed; apply it to the pipeline again", stacklevel=4)
-        cache = TeaCacheState(timesteps=timesteps)
-    if sigma != cache.sigma:
-        cache.begin_step(cache.step + 1, sigma)
-    return cache
+def choose_steps(sigmas, count):
+    """`count` of the steps with these sigmas, the first and the last among them, with the least expected error.
+
+    The error expected of a skipped step is its length times the square of its distance from the last computed one.
+    Distance is three quarters sigma and one quarter number of steps: a scheduler takes short steps where its model
+    needs them. Dynamic programming finds the least sum.
+    """
+    num_steps = len(sigmas)
+    done = 1 - np.array(sigmas) / (sigmas[0] or 1)  # 0 at the first step, 1 at the image
+    position = 0.75 * num_steps * done + 0.25 * np.arange(num_steps)  # in mean steps
+    length = np.diff(position, append=num_steps)
+    errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
+    costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k
+    costs[:, -1] *= 2  # the last computed step cannot make up for what was skipped just before
+    costs = np.rint(100 * costs)  # whole numbers: rounding must not decide between equal sums
+    costs[np.tril_indices(num_steps)] = math.inf  # k comes after j
+    least, before = costs[0], []  # [k]: least sum if k is computed; the computed step before k
+    for _ in range(min(count, num_steps) - 2):
+        sums = least[:, None] + costs
+        least = sums.min(axis=0)
+        before.append(sums.argmin(axis=0))
+    chosen = [num_steps - 1]
+    for previous in reversed(before):
+        chosen.append(int(previous[chosen[-1]]))
+    return sorted({0, *chosen})
 
 
-def new_generation(model, sigmas, first=0, timesteps=None):
-    """With the settings of the model, else of its class, else the constants. first: the step that it begins with."""
-    rel_l1_thresh, plan = getattr(model, "rel_l1_thresh", None), getattr(model, "computed_steps", None)
-    if rel_l1_thresh is None and plan is None:
-        rel_l1_thresh, plan = REL_L1_THRESH, COMPUTED_STEPS
-    if plan is not None and np.ndim(plan) == 0:
-        plan = [first + step for step in choose_steps(sigmas[first:], int(plan))]
-    elif plan is not None:
-        check_plan(plan, len(sigmas))
-    coefficients = getattr(model, "coefficients", None)
-    coefficients = COEFFICIENTS if coefficients is None else coefficients
-    return TeaCacheState(sigmas, plan, rel_l1_thresh or 0.0, coefficients, timesteps)
+def extrapolate(outputs, sigma):
+    """v(s) of the formula at the top, from [(s0, v0), (s1, v1)]; from [(s1, v1)] alone it is v1."""
+    (s0, v0), (s1, v1) = outputs[0], outputs[-1]
+    if len(outputs) == 1:
+        return v1.clone()
+    g = (s1 - sigma) / (s0 - s1)
+    return v1 + (v1 - v0) * (g / (1 + DAMPING * g))
 
 
 # ---- what is corrected -------------------------------------------------------
@@ -426,46 +429,49 @@ def new_generation(model, sigmas, first=0, timesteps=None):
 class Corrector:
     """Moves the latents to where they would be, had the skipped steps known what the next computed step knows.
 
-    A skipped step uses a guessed velocity. At the next computed step the true one is known, so those of the skipped
-    steps can be interpolated, and the difference is made up for. With sigmas s, and the skipped steps j,
+    A skipped step j uses an extrapolated velocity. The next computed step shows the velocity v at its sigma s, so that
+    those in between can be interpolated: p(s[j]) on the parabola through the last three computed velocities (the line,
+    if there are two). The difference is made up for:
 
-        latents += sum of (s[j+1] - s[j]) (interpolated(s[j]) - used[j]) / (1 + CAUTION e)
+        latents += sum of (s[j+1] - s[j]) (p(s[j]) - used[j]) / (1 + k / s)        k = sum of (s[j] - s[j+1]) w[j]
 
-    e is the relative error of the extrapolation at the computed step: where it is large, the latents have drifted, and
-    the velocity computed there says less about the skipped steps. The idea is that of the corrector of a multistep
-    method, as in UniPC (arXiv 2302.04867), and for caches in PrediT (arXiv 2602.18093). Here it acts on the latents,
-    after guidance, however the steps were skipped, and whatever else happens to the latents.
+    w[j] is the weight of v in p(s[j]). Why the divisor: v is measured at latents that have drifted by d, and as long as
+    the network predicts the same image x - s v there, v is too large by d / s, and the sum by -k d / s. The sum should
+    be -d, so it is -d (1 + k / s).
+
+    The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867), and for caches in PrediT
+    (arXiv 2602.18093). Here it acts on the latents, after guidance, however the steps were skipped.
     """
 
     def __init__(self):
         self.computed = []  # (sigma, velocity) of the last two computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
-        self.kind = None  # number of calls and shape: another one is another velocity, guidance has ended, say
+        self.kind = None  # number of calls and shape: where it changes, guidance has ended, say
 
     def correction(self, velocity, sigma, next_sigma, is_computed, calls):
         """What to add to the latents after this step: the formula above, 0 after a skipped step."""
-        kind, velocity = (calls, velocity.shape), velocity.to(torch.float32, copy=True)
-        if kind != self.kind:
-            self.computed, self.skipped, self.kind = [], [], kind
-        self.computed = [(s, v) for s, v in self.computed if s > sigma]  # a scheduler may repeat a sigma
+        if self.kind != (calls, velocity.shape):
+            self.computed, self.skipped, self.kind = [], [], (calls, velocity.shape)
         if not is_computed:
             self.skipped.append((sigma, next_sigma, velocity))
             return 0.0
-        total = 0.0
-        if self.skipped and self.computed:
-            s0, v0 = self.computed[-1]
-            for s, next_s, used in self.skipped:
-                interpolated = v0 + (velocity - v0) * ((s - s0) / (sigma - s0))
-                total = total + (next_s - s) * (interpolated - used)
-            error = norm(extrapolate(self.computed, sigma) - velocity) / norm(velocity).clamp(min=1e-12)
-            total = total / (1 + CAUTION * error)
-        self.computed, self.skipped = [*self.computed[-1:], (sigma, velocity)], []
-        return total
+        earlier = [(s, v) for s, v in self.computed if s > sigma]  # a scheduler may repeat a sigma
+        total, k = 0.0, 0.0
+        for s, next_s, used in self.skipped if earlier else ():
+            p, weight = interpolate([*earlier, (sigma, velocity)], s)
+            total = total + (next_s - s) * (p - used)
+            k += (s - next_s) * weight
+        self.computed, self.skipped = [*earlier[-1:], (sigma, velocity)], []
+        return total / (1 + k / sigma)
 
 
-def norm(x):
-    """Euclidean norm of each image, in the shape (batch, 1, ...)."""
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+def interpolate(points, s):
+    """The polynomial through points (sigma, velocity) at s, in Lagrange's form, and the weight of the last point."""
+    value = 0.0
+    for i, (a, velocity) in enumerate(points):
+        weight = math.prod((s - b) / (a - b) for j, (b, _) in enumerate(points) if j != i)
+        value = value + weight * velocity
+    return value, weight
 
 
 class CorrectedEulerScheduler(FlowMatchEulerDiscreteScheduler):
@@ -477,17 +483,18 @@ class CorrectedEulerScheduler(FlowMatchEulerDiscreteScheduler):
     @functools.wraps(FlowMatchEulerDiscreteScheduler.step)  # pipelines inspect its parameters
     def step(self, model_output, *args, **kwargs):
         result = super().step(model_output, *args, **kwargs)
-        cache, step = vars(self).get("teacache"), self.step_index - 1
-        if cache is None or cache.timesteps is not self.timesteps or cache.step != step or cache.has_stepped:
-            return result  # the network was not called for it
-        cache.has_stepped = True
-        if not is_corrected(self):
-            return result
-        next_sigma = 0.0 if cache.is_last_step else cache.sigmas[step + 1]
-        correction = cache.corrector.correction(model_output, cache.sigma, next_sigma, cache.schedule[-1], cache.calls)
+        cache = vars(self).get("teacache")
+        is_running = cache is not None and cache.timesteps is self.timesteps and cache.step + 1 == self.step_index
+        if not is_running or cache.index == self.step_index:
+            return result  # the network was not called for it, or it is repeated
+        cache.index, latents = self.step_index, result[0]
+        if is_corrected(self):
+            velocity, is_computed = model_output.to(torch.float32, copy=True), cache.schedule[-1]
+            correction = cache.corrector.correction(velocity, cache.sigma, cache.next_sigma, is_computed, cache.calls)
+            latents = (latents + correction).to(latents.dtype)
+        cache.latents = latents
         if cache.is_last_step:
-            cache.corrector = Corrector()  # frees its tensors
-        latents = (result[0] + correction).to(result[0].dtype)
+            cache.corrector, cache.latents = Corrector(), None  # frees the tensors
         return (latents, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=latents)
 
     def __reduce_ex__(self, protocol):
@@ -506,7 +513,7 @@ def is_corrected(scheduler):
 
 def watch(scheduler, cache):
     """Have Euler's scheduler correct the latents of this generation. Others stay as they are."""
-    if type(scheduler) is FlowMatchEulerDiscreteScheduler or "teacache" in vars(scheduler):
+    if type(scheduler).__name__ == FlowMatchEulerDiscreteScheduler.__name__:
         scheduler.__class__ = CorrectedEulerScheduler
         scheduler.teacache = cache
 
@@ -531,18 +538,19 @@ def apply_teacache(
     tolerance: is gone.
 
     A network draws one image (or batch) at a time; threads need a network each. The calls of a step are known by their
-    order: it does not notice calls in changing order, a network that a callback runs on other latents, and prompts that
-    are changed in place. Where a prompt is replaced, the step is computed. `del pipeline` needs `gc.collect()`.
+    order: it does not notice calls in changing order, calls on other latents (by a callback, or to warm up within the
+    first step), and prompts that are changed in place. Where a prompt is replaced, the step is computed. `del pipeline` needs `gc.collect()`.
     Returns `model`. Raises ValueError for settings or networks that cannot work.
     """
     if tolerance is not None:
         raise ValueError("there is no tolerance any more: give computed_steps, say half of the steps")
     network, scheduler = find_network(model), scheduler or getattr(model, "scheduler", None)
-    if (scheduler is not None or network is not model) and not hasattr(scheduler, "step_index"):
+    is_alone = network is model and scheduler is None
+    if not is_alone and not hasattr(scheduler, "step_index"):
         name = type(model if scheduler is None else scheduler).__name__
         raise ValueError(f"this {name} does not count steps: give the {NETWORK} alone, with num_steps")
-    is_alone = scheduler is None and num_steps is None
-    check_settings(NUM_INFERENCE_STEPS if is_alone else num_steps, rel_l1_thresh, computed_steps, coefficients)
+    steps = NUM_INFERENCE_STEPS if is_alone and num_steps is None else num_steps
+    check_settings(steps, rel_l1_thresh, computed_steps, coefficients)
     remove_teacache(model)
     slot = find_forward(network, is_stock)
     if slot is not None:
@@ -651,46 +659,12 @@ def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, coef
 # ------------------------------------------------------------------------------
 
 OUTPUT = Path("teacache_lumina2_output.png")
-LIMITS = "rel_l1_thresh", "computed_steps", "tolerance"
-FEW_STEPS = 5  # with fewer computed ones, plain steps may come closer, see warn_of_few_steps
 COMFYUI_PREFIX = "model.diffusion_model."  # of the names of weights in single files for ComfyUI
-WHICH_SETTING = """\
-which setting?    line to edit         or flag              at shift 6, 30 steps
-TeaCache's rule   REL_L1_THRESH = 0.3  --rel-l1-thresh 0.3  24 computed, 44.3 dB
-N times fewer     COMPUTED_STEPS = 15  --computed-steps 15  15 computed, 61.4 dB
-no visible change TOLERANCE = 0.003    --tolerance 0.003    14 computed, 60.4 dB
-"""
 
 
-class FlagParser(argparse.ArgumentParser):
-    """Takes --computed_steps for --computed-steps, and so on. An error is one line that mentions --help."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([with_hyphens(word) for word in words], namespace)
-
-    def error(self, message):
-        super().error(" ".join(str(message).split()) + " (see --help)")
-
-
-def with_hyphens(word):
-    """--computed-steps=15 for --computed_steps=15; what is no flag is returned as it is."""
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
-
-
-def parse_args(argv=None, extend=lambda parser: None):
-    """The arguments, checked before anything is loaded. `extend` adds or replaces flags, for other tools.
-
-    A tool may set the defaults `default_output` (None: it writes no picture) and `beside`, suffixes of the files that
-    it writes beside the picture.
-    """
-    parser = FlagParser(
-        usage=argparse.SUPPRESS,
-        conflict_handler="resolve",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=WHICH_SETTING,
-    )
+def build_parser():
+    """The flags. Other tools take them from here, and add or replace some."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, conflict_handler="resolve")
     add = parser.add_argument
     add("--model", help=f"folder or Hub name; default {MODEL} with a CUDA GPU, else the bundled emoji model")
     add("--transformer", metavar="FILE", help="single-file checkpoint of the transformer, such as Neta Lumina")
@@ -698,7 +672,6 @@ def parse_args(argv=None, extend=lambda parser: None):
     add("--negative-prompt", default=NEGATIVE_PROMPT)
     add("--rel-l1-thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
     add("--computed-steps", type=int, help="instead of a threshold: number of computed steps")
-    add("--tolerance", type=float, help="instead of a threshold: largest expected error, say 0.003")
     add("--num-inference-steps", type=int, default=NUM_INFERENCE_STEPS)
     add("--height", type=int, default=HEIGHT)
     add("--width", type=int, default=WIDTH)
@@ -708,122 +681,63 @@ def parse_args(argv=None, extend=lambda parser: None):
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default bfloat16 on a GPU, float32 on a CPU")
     add("--offload", choices=["none", "model", "sequential"], default="none", help="keep the weights in CPU memory")
     add("--output", type=Path, help=f"a new file; default {OUTPUT}, or the next free number")
-    parser.set_defaults(default_output=OUTPUT, beside=())
-    extend(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+@contextlib.contextmanager
+def one_line_errors(parser):
+    """What goes wrong within ends the program with one line, whether it was seen in advance or not."""
     try:
-        bundled = choose_model(args)
-        check_flags(args)
-        if args.default_output is not None:
-            args.output = args.output or free_name(args.default_output, args.beside)
-            check_output(args.output, args.beside)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    if bundled:
-        print(f"No CUDA GPU: using the bundled emoji model. For the real one: --model {MODEL}")
-    return args
+        yield
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        parser.error(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
-def choose_model(args):
-    """Set model, device and dtype where they are not given. Returns whether the bundled model was chosen."""
+def check_args(args):
+    """Fill in setting, model, device and dtype. Raise ValueError for what is seen to be wrong without loading."""
+    if args.rel_l1_thresh is None and args.computed_steps is None:
+        args.computed_steps = COMPUTED_STEPS
+        args.rel_l1_thresh = REL_L1_THRESH if COMPUTED_STEPS is None else None
+    check_settings(args.num_inference_steps, args.rel_l1_thresh, args.computed_steps)
+    for size in (args.height, args.width):
+        if size is not None and (size < 16 or size % 16):
+            raise ValueError(f"--height and --width must be multiples of 16, not {size}")
+    file = args.transformer or ""
+    if file.endswith(".gguf"):
+        own_code = "load it in your own code with diffusers' GGUFQuantizationConfig, then apply_teacache(pipeline)"
+        raise ValueError(f"--transformer {file} is a GGUF file: give a .safetensors file, or {own_code}")
+    if file and "://" not in file and not Path(file).is_file():
+        raise ValueError(f"--transformer {file}: no such file")
     args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    bundled = args.model is None and args.device != "cuda"
-    if bundled:
+    if args.model is None and args.device == "cuda":
+        args.model = MODEL
+    elif args.model is None:
         if not BUNDLED_MODEL.is_dir():
             raise ValueError(f"no CUDA GPU for the real model, no bundled one: give --model, {MODEL} or a small one")
+        print(f"No CUDA GPU: using the bundled emoji model. For the real one: --model {MODEL}")
         args.model, args.device = str(BUNDLED_MODEL), "cpu"
-    args.model = args.model or MODEL
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    return bundled
 
 
-def check_flags(args):
-    """Raise ValueError or OSError for what cannot work. Of the model it reads the configuration only."""
-    check_settings(args.num_inference_steps, **limits_of(args))
-    check_seed(args.seed)
-    if not (math.isfinite(args.guidance_scale) and math.isfinite(args.cfg_trunc_ratio)):
-        raise ValueError("--guidance-scale and --cfg-trunc-ratio must be finite numbers")
-    kind = Lumina2Pipeline.load_config(args.model).get("_class_name")
-    if kind not in ("Lumina2Pipeline", "Lumina2Text2ImgPipeline"):
-        raise ValueError(f"{args.model} is a {kind}: give a Lumina2Pipeline, such as {MODEL}")
-    config = Lumina2Transformer2DModel.load_config(args.model, subfolder="transformer")
-    with torch.device("meta"):  # names and shapes without weights
-        network = Lumina2Transformer2DModel.from_config(config)
-    _, rows, columns = network.config.axes_lens  # most patches of 16 pixels that the model knows positions for
-    check_size("--height", args.height, 16 * rows)
-    check_size("--width", args.width, 16 * columns)
-    if args.transformer:
-        check_transformer(args.transformer, network, args.model)
+def check_output(picture, *beside):
+    """Raise ValueError or OSError if the picture, or a file beside it, exists or cannot be written."""
+    if picture.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--output {picture} must end in .png, .jpg, .jpeg or .webp")
+    for path in (picture, *beside):
+        path.open("x").close()
+        path.unlink()
 
 
-def check_seed(seed):
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"the seed must be at most {2**64 - 1}, not {seed}")
-
-
-def check_size(flag, size, longest):
-    if size is not None and (not 0 < size <= longest or size % 16):
-        raise ValueError(f"{flag} must be a multiple of 16, at most {longest} for this model, not {size}")
-
-
-def check_transformer(file, network, model):
-    """Raise ValueError unless the file has all weights of the network."""
-    is_url = "://" in file
-    if not is_url and not Path(file).is_file():
-        raise ValueError(f"--transformer {file}: no such file")
-    if file.endswith(".gguf") or not is_url and Path(file).open("rb").read(4) == b"GGUF":
-        own_code = "or load it in your own code with diffusers' GGUFQuantizationConfig, then apply_teacache(pipeline)"
-        raise ValueError(f"--transformer {file} is a GGUF file: give a .safetensors file, {own_code}")
-    try:
-        weights = read_transformer(file)  # mapped into memory, hardly read
-    except Exception as error:
-        raise ValueError(f"--transformer {file} cannot be read as a checkpoint: download it again") from error
-    try:
-        weights = convert_lumina2_to_diffusers(weights)
-    except RuntimeError:  # it splits by the widths of Lumina-Image-2.0
-        weights = {}
-    shapes = {name: weight.shape for name, weight in network.state_dict().items()}
-    wrong = [name for name in shapes if name not in weights or weights[name].shape != shapes[name]]
-    if wrong:
-        which = f"{len(wrong)} of {len(shapes)} weights are missing or of another size, such as {wrong[0]}"
-        raise ValueError(f"--transformer {file} does not fit --model {model}: {which}")
-
-
-def read_transformer(file):
-    """{name: weight} of a single file; of one for ComfyUI those of the transformer, as diffusers' converter needs."""
-    weights = load_single_file_checkpoint(file)
-    prefixed = [name for name in weights if name.startswith(COMFYUI_PREFIX)]
-    return {name.removeprefix(COMFYUI_PREFIX): weights[name] for name in prefixed or weights}
-
-
-def check_output(path, beside=()):
-    """Raise ValueError if the picture, or a file beside it, exists or cannot be written."""
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--output {path} must end in .png, .jpg, .jpeg or .webp")
-    for file in files_of(path, beside):
-        try:
-            file.open("x").close()
-            file.unlink()
-        except FileExistsError:
-            raise ValueError(f"--output: {file} exists: give another name, or remove it") from None
-        except OSError as error:
-            raise ValueError(f"--output {file} cannot be written ({error.strerror}): give another folder") from None
-
-
-def files_of(path, beside):
-    return [path, *map(path.with_suffix, beside)]
-
-
-def free_name(path, beside=()):
+def free_name(path):
     """output.png, or output_2.png where that exists, and so on."""
     names = itertools.chain([path], (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(2)))
-    return next(name for name in names if not any(map(os.path.lexists, files_of(name, beside))))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 @contextlib.contextmanager
 def complete_file(path):
     """`with complete_file(path) as draft`: what is written to `draft` becomes `path`, or is removed after an error."""
-    draft = path.with_name(f".{path.stem[:40]}.{os.getpid()}{path.suffix}")
+    draft = path.with_name(f".{path.stem[-40:]}.{os.getpid()}.draft{path.suffix}")
     try:
         yield draft
         draft.replace(path)
@@ -831,27 +745,25 @@ def complete_file(path):
         draft.unlink(missing_ok=True)
 
 
-def limits_of(args):
-    return {name: getattr(args, name) for name in LIMITS}
-
-
-def warn_of_few_steps(num_steps, rel_l1_thresh=None, computed_steps=None, tolerance=None):
-    """Of a budget that is too small. Thresholds and tolerances compute more."""
-    _, budget, _ = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
-    budget = len(budget) if isinstance(budget, (list, tuple)) else budget
-    if budget is not None and budget < min(FEW_STEPS, num_steps):
-        reason = "of 30 steps of the bundled model, 4 plain ones are closer at shift 2, 4 computed ones at shift 6"
-        plain = f"--num-inference-steps {budget} --rel-l1-thresh 0"
-        print(f"Warning: {budget} computed steps are few ({reason}). Try {plain}", file=sys.stderr)
+def load_transformer(file, model, **options):
+    """The transformer of a single file. One for ComfyUI may hold other models too, and has a prefix to its names."""
+    weights = load_single_file_checkpoint(file)
+    prefixed = {name.removeprefix(COMFYUI_PREFIX): weights[name] for name in weights if name.startswith(COMFYUI_PREFIX)}
+    of = {"config": model, "subfolder": "transformer"}
+    try:
+        return Lumina2Transformer2DModel.from_single_file(prefixed or weights, **of, **options)
+    except (ValueError, RuntimeError, KeyError) as error:  # such as "no data" of a weight that the file lacks
+        raise ValueError(f"--transformer {file} does not fit --model {model}: {error}") from error
 
 
 def load_pipeline(args):
     warnings.simplefilter("ignore", FutureWarning)  # of diffusers, whose oldest version knows only torch_dtype
+    kind = Lumina2Pipeline.load_config(args.model)["_class_name"]
+    if not kind.startswith("Lumina2"):  # others may load for minutes, as they have parts of the same names
+        raise ValueError(f"{args.model} is a {kind}: give a Lumina2Pipeline, such as {MODEL}")
     options = {"torch_dtype": getattr(torch, args.dtype)}
     if args.transformer:
-        of = {"config": args.model, "subfolder": "transformer"}
-        weights = read_transformer(args.transformer)
-        options["transformer"] = Lumina2Transformer2DModel.from_single_file(weights, **of, **options)
+        options["transformer"] = load_transformer(args.transformer, args.model, **options)
     pipeline = Lumina2Pipeline.from_pretrained(args.model, **options)
     # Recipes:
     # pipeline.load_lora_weights("style.safetensors")
@@ -866,7 +778,7 @@ def load_pipeline(args):
 
 def generate(pipeline, args):
     """Returns a PIL image, the seconds that it took, and the schedule: True for each computed step."""
-    apply_teacache(pipeline, **limits_of(args))
+    apply_teacache(pipeline, rel_l1_thresh=args.rel_l1_thresh, computed_steps=args.computed_steps)
     names = "prompt negative_prompt num_inference_steps height width guidance_scale cfg_trunc_ratio".split()
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: equal noise on every device
     began = time.perf_counter()
@@ -874,22 +786,23 @@ def generate(pipeline, args):
     return image, time.perf_counter() - began, pipeline.transformer.teacache.schedule
 
 
-def setting_of(args):
-    """Such as "computed_steps 15"."""
-    limits = zip(LIMITS, limits_or_constants(**limits_of(args)))
-    return next(f"{name} {value}" for name, value in limits if value is not None)
-
-
 def main(argv=None):
-    args = parse_args(argv)
-    warn_of_few_steps(args.num_inference_steps, **limits_of(args))
-    pipeline = load_pipeline(args)
-    image, seconds, schedule = generate(pipeline, args)
-    output = free_name(args.output)  # another run may have taken the name
-    with complete_file(output) as draft:
-        image.save(draft)
-    corrected = ", corrected" if False in schedule and pipeline.transformer.teacache_clock.can_correct else ""
-    steps = f"{sum(schedule)} of {len(schedule)} steps computed ({setting_of(args)}{corrected})"
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        args.output = args.output or free_name(OUTPUT)
+        check_output(args.output)
+        check_args(args)
+        pipeline = load_pipeline(args)
+        image, seconds, schedule = generate(pipeline, args)
+        output = free_name(args.output)  # another run may have taken the name
+        with complete_file(output) as draft:
+            image.save(draft)
+    name = "rel_l1_thresh" if args.computed_steps is None else "computed_steps"
+    setting = f"{name} {getattr(args, name)}"
+    if False in schedule and is_corrected(pipeline.scheduler):
+        setting += ", corrected"
+    steps = f"{sum(schedule)} of {len(schedule)} steps computed ({setting})"
     print(f"saved {output}: {seconds:.1f} s, {steps}, seed {args.seed}")
 
 

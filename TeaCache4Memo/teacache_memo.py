@@ -73,7 +73,6 @@ NETWORK = "diffusion_net"  # attribute of the pipeline that TeaCache is applied 
 COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: the identity, none was fitted for MEMO
 DAMPING = 0.25  # of the extrapolation, see extrapolate
 CORRECT = True  # with a pipeline: correct the latents afterwards for what skipped steps got wrong, see Corrector
-CAUTION = 4.0  # of the correction: the larger, the less is corrected where the extrapolation errs
 # ------------------------------------------------------------------------------
 
 
@@ -107,11 +106,11 @@ def teacache_forward(
     sigma = torch.stack([torch.as_tensor(t).float().mean() for t in timesteps]).mean() / 1000
     portrait = ref_features["mid"][0][0][0]
     conditioning = [encoder_hidden_states, audio_embedding, audio_emotion, class_labels, mask_cond_fea, attention_mask]
-    cache = find_step(self, sigma)
+    cache = find_step(self, sigma, sample)
     if update_past_memory:
-        cache.previous = []  # nothing to reuse: the call is computed
+        cache.branches_before = []  # nothing to reuse: the call is computed
     branch = cache.begin_call(sample, *conditioning, uc_mask, portrait)
-    if cache.plan is not None and not should_calc(cache, branch):
+    if cache.plan is not None and not cache.should_calc(branch):
         sample = extrapolate(branch.outputs, cache.sigma)
         return UNet3DConditionOutput(sample=sample) if return_dict else (sample,)
     # ---- end of TeaCache ----
@@ -157,7 +156,7 @@ def teacache_forward(
     # ---- TeaCache: stock runs the blocks at every step ----
     if cache.by_threshold and cache.calls == 1:
         cache.accumulate(branch, modulated_input=sample)
-    if should_calc(cache, branch):
+    if cache.should_calc(branch):
         original_sample = sample
         memory = {"is_new_audio": is_new_audio, "update_past_memory": update_past_memory}
         for_all = {"temb": emb, "encoder_hidden_states": encoder_hidden_states, **memory}
@@ -215,58 +214,85 @@ def teacache_forward(
     return UNet3DConditionOutput(sample=sample) if return_dict else (sample,)
 
 
-# ---- which steps are computed, and what the others use ------------------------
+# ---- which step a call belongs to --------------------------------------------
 
 
-def should_calc(cache, branch):
-    """Whether this call runs the blocks: its step is computed, or it has nothing to reuse."""
-    return branch.is_empty or cache.schedule[-1]
+def find_step(model, sigma, latents):
+    """The state of the running generation, at the step of this call. sigma: a tensor, 1 is noise, 0 the image."""
+    cache, scheduler = vars(model).get("teacache") or TeaCacheState(), vars(model).get("teacache_scheduler")
+    if torch.is_grad_enabled():  # nothing is reused
+        cache = TeaCacheState()
+        cache.begin_step(0, -math.inf)
+    elif scheduler is None:
+        cache = count_step(model, cache, sigma.item())
+    else:
+        cache = follow(model, cache, scheduler, sigma, latents) or compute_all(cache, scheduler.timesteps, sigma.item())
+    is_on = getattr(model, "enable_teacache", False) and (cache.plan is not None or cache.rel_l1_thresh > 0)
+    cache.is_on = is_on and not cache.is_last_step
+    model.teacache = cache
+    return cache
 
 
-def relative_l1(new, old):
-    """mean |new - old| / mean |old|, accumulated in float32."""
-    return ((new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
+def count_step(model, cache, sigma):
+    """A network alone: a generation begins where sigma rises or a call has not finished, and a step where it falls."""
+    if sigma > cache.sigma or cache.was_interrupted or len(cache.sigmas) == 1:
+        if getattr(model, "enable_teacache", False) and cache.sigmas and len(cache.schedule) != len(cache.sigmas):
+            ran = f"the last generation ran {len(cache.schedule)} of {len(cache.sigmas)} steps (or was stopped)"
+            warnings.warn(f"TeaCache: {ran}: set num_steps to num_inference_steps", stacklevel=4)
+        num_steps = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS)
+        cache = new_generation(model, [1 - step / num_steps for step in range(num_steps)])  # as if evenly spaced
+    if sigma != cache.sigma:
+        cache.begin_step(cache.step + 1, sigma)
+    return cache
 
 
-def rescale(change, coefficients):
-    """The polynomial of a change. Where it is negative above a change of 0.1, it was not fitted: infinity."""
-    rescaled = np.polyval(coefficients, change)
-    return rescaled if rescaled >= 0 or change < 0.1 else math.inf
+def follow(model, cache, scheduler, sigma, latents):
+    """With a scheduler: a generation begins where the timesteps are set, and a step where step_index has risen by one.
 
-
-def choose_steps(sigmas, count):
-    """`count` of the steps with these sigmas, the first and the last among them, with the least expected error.
-
-    The error expected of a skipped step is its length times the square of its distance from the last computed one.
-    Distance is three quarters sigma and one quarter number of steps: a scheduler takes short steps where its model
-    needs them. Dynamic programming finds the least sum.
+    Whatever else happens begins a generation too, and its first step is computed: strange loops become slow, never
+    wrong. Returns None if the scheduler does not drive this loop.
     """
-    num_steps = len(sigmas)
-    done = 1 - np.array(sigmas) / (sigmas[0] or 1)  # 0 at the first step, 1 at the image
-    position = 0.75 * num_steps * done + 0.25 * np.arange(num_steps)  # in mean steps
-    length = np.diff(position, append=num_steps)
-    errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
-    costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k
-    costs = np.rint(100 * costs)  # whole numbers: rounding must not decide between equal sums
-    costs[np.tril_indices(num_steps)] = math.inf  # k comes after j
-    least, before = costs[0], []  # [k]: least sum if k is computed; the computed step before k
-    for _ in range(min(count, num_steps) - 2):
-        sums = least[:, None] + costs
-        least = sums.min(axis=0)
-        before.append(sums.argmin(axis=0))
-    chosen = [num_steps - 1]
-    for previous in reversed(before):
-        chosen.append(int(previous[chosen[-1]]))
-    return sorted({0, *chosen})
+    timesteps, index = scheduler.timesteps, scheduler.step_index  # set_timesteps makes a new tensor; None: no step yet
+    is_known = cache.timesteps is timesteps
+    has_ended = index is not None and index >= len(timesteps)
+    if has_ended or (is_known and not cache.sigmas):
+        return None
+    if is_known and index == cache.step + 1 and cache.sigmas[index] <= cache.sigma:
+        cache.begin_step(index, cache.sigmas[index], index)
+    elif not is_known or index != cache.index:
+        sigmas = (timesteps.cpu().double() / scheduler.config.num_train_timesteps).tolist()
+        step = np.abs(np.array(sigmas) - sigma.item()).argmin().item() if index is None else index
+        cache = new_generation(model, sigmas, step, timesteps)
+        cache.begin_step(step, sigmas[step], index)
+        watch(scheduler, cache)
+    # else another call of the running step
+    is_driven = latents is cache.latents or abs(sigma.item() - cache.sigma) < 0.002  # item() waits for the GPU
+    return cache if is_driven else None
 
 
-def extrapolate(outputs, sigma):
-    """v(s) of the formula at the top, from [(s0, v0), (s1, v1)]; from [(s1, v1)] alone it is v1."""
-    (s0, v0), (s1, v1) = outputs[0], outputs[-1]
-    if len(outputs) == 1:
-        return v1.clone()
-    g = (s1 - sigma) / (s0 - s1)
-    return v1 + (v1 - v0) * (g / (1 + DAMPING * g))
+def compute_all(cache, timesteps, sigma):
+    """A loop that the scheduler does not drive, until its timesteps are set again: a warning for each image."""
+    if cache.timesteps is not timesteps or cache.sigmas or sigma > cache.sigma:
+        why = "the scheduler that it was applied with does not drive this loop"
+        warnings.warn(f"TeaCache: {why}: all steps are computed; apply it to the pipeline again", stacklevel=4)
+        cache = TeaCacheState(timesteps=timesteps)
+    if sigma != cache.sigma:
+        cache.begin_step(cache.step + 1, sigma)
+    return cache
+
+
+def new_generation(model, sigmas, first=0, timesteps=None):
+    """With the settings of the model, else of its class, else the constants. first: the step that it begins with."""
+    rel_l1_thresh, plan = getattr(model, "rel_l1_thresh", None), getattr(model, "computed_steps", None)
+    if rel_l1_thresh is None and plan is None:
+        rel_l1_thresh, plan = REL_L1_THRESH, COMPUTED_STEPS
+    if plan is not None and np.ndim(plan) == 0:
+        plan = [first + step for step in choose_steps(sigmas[first:], int(plan))]
+    elif plan is not None:
+        check_plan(plan, len(sigmas))
+    coefficients = getattr(model, "coefficients", None)
+    coefficients = COEFFICIENTS if coefficients is None else coefficients
+    return TeaCacheState(sigmas, plan, rel_l1_thresh or 0.0, coefficients, timesteps)
 
 
 # ---- what is kept ------------------------------------------------------------
@@ -305,13 +331,13 @@ class TeaCacheState:
         self.rel_l1_thresh = rel_l1_thresh
         self.coefficients = coefficients
         self.timesteps = timesteps  # the scheduler's own tensor; None: a network alone
-        self.is_on = False  # whether this call may be skipped
+        self.is_on = False  # whether this call may be skipped, and keeps what later ones reuse
         self.step, self.sigma = -1, -math.inf  # the running step: none yet
-        self.index = None  # the scheduler's step_index in the running step
-        self.has_stepped = False  # the scheduler has ended the running step
+        self.index = None  # the scheduler's step_index when it was last seen
+        self.latents = None  # that the scheduler has returned
         self.schedule = []  # one entry a step: whether it is computed
         self.calls = 0  # of the network in the running step
-        self.branches, self.previous = [], []  # of the calls in the running step, and in the step before
+        self.branches, self.branches_before = [], []  # of the calls in the running step, and in the step before
         self.accumulated_rel_l1_distance = 0.0  # since the last computed step
         self.corrector = Corrector()
 
@@ -324,13 +350,12 @@ class TeaCacheState:
         return self.step >= len(self.sigmas) - 1
 
     @property
-    def by_threshold(self):
-        return self.is_on and self.plan is None and not self.is_last_step
+    def next_sigma(self):
+        return 0.0 if self.is_last_step else self.sigmas[self.step + 1]
 
     @property
-    def may_skip(self):
-        """Whether the next call may be skipped, as far as it is known before."""
-        return self.is_on and not self.schedule[-1] and self.calls < len(self.previous)
+    def by_threshold(self):
+        return self.is_on and self.plan is None
 
     @property
     def was_interrupted(self):
@@ -338,24 +363,28 @@ class TeaCacheState:
         return any(branch.is_empty for branch in self.branches)
 
     def begin_step(self, step, sigma, index=None):
-        self.step, self.sigma, self.index, self.has_stepped = step, sigma, index, False
-        self.previous, self.branches, self.calls = self.branches, [], 0
+        self.step, self.sigma, self.index = step, sigma, index
+        self.branches_before, self.branches, self.calls = self.branches, [], 0
         if self.is_last_step:
-            self.previous = []  # it is always computed: nothing is reused any more
-        self.schedule.append(self.plan is None or self.step in self.plan)  # with a threshold, see accumulate
+            self.branches_before = []  # nothing is reused any more
+        self.schedule.append(self.plan is None or step in self.plan)  # unless begin_call or accumulate change it
 
     def begin_call(self, latents, *conditioning):
-        """The branch of this call. Calls are known by their order; one that is another than in the last step is empty."""
+        """The branch of this call: that of the same place in the step before, or an empty one if it is another call."""
         layout = latents.shape, latents.dtype, latents.device
-        branch = self.previous[self.calls] if self.is_on and self.calls < len(self.previous) else None
+        branch = self.branches_before[self.calls] if self.is_on and self.calls < len(self.branches_before) else None
         if branch is None or not branch.fits(layout, conditioning):
             branch = Branch(layout, conditioning)
         self.calls += 1
         if self.calls == 1 and branch.is_empty:
-            self.schedule[-1:] = [True]
-        if self.is_on and not self.is_last_step:
+            self.schedule[-1] = True
+        if self.is_on:
             self.branches.append(branch)
         return branch
+
+    def should_calc(self, branch):
+        """Whether this call runs the blocks: its step is computed, or it has nothing to reuse."""
+        return branch.is_empty or self.schedule[-1]
 
     def accumulate(self, branch, modulated_input):
         """TeaCache's rule, in the first call of a step: compute when the accumulated change reaches the threshold."""
@@ -371,89 +400,62 @@ class TeaCacheState:
         """What a skipped step will use, at the end of a call: one that fails leaves nothing."""
         if self.by_threshold:
             branch.previous_residual = residual
-        elif self.is_on and not self.is_last_step:
+        elif self.is_on:
             earlier = [(s, v) for s, v in branch.outputs if s > self.sigma]  # Heun's scheduler, say, repeats a sigma
             branch.outputs = [*earlier[-1:], (self.sigma, output.clone())]  # the caller may write into its output
 
 
-# ---- which step a call belongs to --------------------------------------------
+# ---- which steps are computed, and what the others use -----------------------
 
 
-def find_step(model, sigma):
-    """The state of the running generation, at the step of this call. sigma: a tensor, 1 is noise, 0 the image."""
-    cache, scheduler = vars(model).get("teacache") or TeaCacheState(), vars(model).get("teacache_scheduler")
-    is_on = getattr(model, "enable_teacache", False)
-    if torch.is_grad_enabled() or (scheduler is None and not is_on):
-        cache = TeaCacheState()
-    elif scheduler is None:
-        cache = count_step(model, cache, sigma.item())
-    else:
-        cache = follow(model, cache, scheduler, sigma) or compute_all(cache, scheduler.timesteps, sigma.item())
-    cache.is_on = is_on and (cache.plan is not None or cache.rel_l1_thresh > 0)
-    model.teacache = cache
-    return cache
+def relative_l1(new, old):
+    """mean |new - old| / mean |old|, accumulated in float32."""
+    return ((new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
 
 
-def count_step(model, cache, sigma):
-    """A network alone: a generation begins where sigma rises or a call has not finished, and a step where it falls."""
-    if sigma > cache.sigma or cache.was_interrupted or len(cache.sigmas) == 1:
-        if cache.sigmas and len(cache.schedule) != len(cache.sigmas):
-            ran = f"the last generation ran {len(cache.schedule)} of {len(cache.sigmas)} steps (or was stopped)"
-            warnings.warn(f"TeaCache: {ran}: set num_steps to num_inference_steps", stacklevel=4)
-        num_steps = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS)
-        cache = new_generation(model, [1 - step / num_steps for step in range(num_steps)])  # as if evenly spaced
-    if sigma != cache.sigma:
-        cache.begin_step(cache.step + 1, sigma)
-    return cache
+def rescale(change, coefficients):
+    """The polynomial of a change. Where it is negative above a change of 0.1, it was not fitted: infinity.
 
-
-def follow(model, cache, scheduler, sigma):
-    """With a scheduler: a generation begins where the timesteps are set, and a step where step_index has risen by one.
-
-    Whatever else happens begins a generation too, and its first step is computed: strange loops become slow, never
-    wrong. Returns None if the scheduler does not drive this loop.
+    Small negative values are the fit's own, and are subtracted as published.
     """
-    timesteps, index = scheduler.timesteps, scheduler.step_index  # set_timesteps makes a new tensor; None: no step yet
-    is_known = cache.timesteps is timesteps
-    has_ended = index is not None and index >= len(timesteps)
-    if has_ended or (is_known and not cache.sigmas):
-        return None
-    if is_known and index == cache.step + 1:
-        cache.begin_step(index, cache.sigmas[index], index)
-    elif not is_known or index != cache.index or cache.has_stepped:
-        sigmas = (timesteps.cpu().double() / scheduler.config.num_train_timesteps).tolist()
-        step = np.abs(np.array(sigmas) - sigma.item()).argmin().item() if index is None else index
-        cache = new_generation(model, sigmas, step, timesteps)
-        cache.begin_step(step, sigmas[step], index)
-        watch(scheduler, cache)
-    if cache.may_skip:  # reading sigma would wait for the GPU
-        return cache
-    return cache if abs(sigma.item() - cache.sigma) < 0.002 else None  # more than rounding
+    rescaled = np.polyval(coefficients, change)
+    return rescaled if rescaled >= 0 or change < 0.1 else math.inf
 
 
-def compute_all(cache, timesteps, sigma):
-    """A loop that the scheduler does not drive, until its timesteps are set again: a warning for each image."""
-    if cache.timesteps is not timesteps or cache.sigmas or sigma > cache.sigma:
-        why = "the scheduler that it was applied with does not drive this loop"
-        warnings.warn(f"TeaCache: {why}: all steps are computed; apply it to the pipeline again", stacklevel=4)
-        cache = TeaCacheState(timesteps=timesteps)
-    if sigma != cache.sigma:
-        cache.begin_step(cache.step + 1, sigma)
-    return cache
+def choose_steps(sigmas, count):
+    """`count` of the steps with these sigmas, the first and the last among them, with the least expected error.
+
+    The error expected of a skipped step is its length times the square of its distance from the last computed one.
+    Distance is three quarters sigma and one quarter number of steps: a scheduler takes short steps where its model
+    needs them. Dynamic programming finds the least sum.
+    """
+    num_steps = len(sigmas)
+    done = 1 - np.array(sigmas) / (sigmas[0] or 1)  # 0 at the first step, 1 at the image
+    position = 0.75 * num_steps * done + 0.25 * np.arange(num_steps)  # in mean steps
+    length = np.diff(position, append=num_steps)
+    errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
+    costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k
+    costs[:, -1] *= 2  # the last computed step cannot make up for what was skipped just before
+    costs = np.rint(100 * costs)  # whole numbers: rounding must not decide between equal sums
+    costs[np.tril_indices(num_steps)] = math.inf  # k comes after j
+    least, before = costs[0], []  # [k]: least sum if k is computed; the computed step before k
+    for _ in range(min(count, num_steps) - 2):
+        sums = least[:, None] + costs
+        least = sums.min(axis=0)
+        before.append(sums.argmin(axis=0))
+    chosen = [num_steps - 1]
+    for previous in reversed(before):
+        chosen.append(int(previous[chosen[-1]]))
+    return sorted({0, *chosen})
 
 
-def new_generation(model, sigmas, first=0, timesteps=None):
-    """With the settings of the model, else of its class, else the constants. first: the step that it begins with."""
-    rel_l1_thresh, plan = getattr(model, "rel_l1_thresh", None), getattr(model, "computed_steps", None)
-    if rel_l1_thresh is None and plan is None:
-        rel_l1_thresh, plan = REL_L1_THRESH, COMPUTED_STEPS
-    if plan is not None and np.ndim(plan) == 0:
-        plan = [first + step for step in choose_steps(sigmas[first:], int(plan))]
-    elif plan is not None:
-        check_plan(plan, len(sigmas))
-    coefficients = getattr(model, "coefficients", None)
-    coefficients = COEFFICIENTS if coefficients is None else coefficients
-    return TeaCacheState(sigmas, plan, rel_l1_thresh or 0.0, coefficients, timesteps)
+def extrapolate(outputs, sigma):
+    """v(s) of the formula at the top, from [(s0, v0), (s1, v1)]; from [(s1, v1)] alone it is v1."""
+    (s0, v0), (s1, v1) = outputs[0], outputs[-1]
+    if len(outputs) == 1:
+        return v1.clone()
+    g = (s1 - sigma) / (s0 - s1)
+    return v1 + (v1 - v0) * (g / (1 + DAMPING * g))
 
 
 # ---- what is corrected -------------------------------------------------------
@@ -462,46 +464,49 @@ def new_generation(model, sigmas, first=0, timesteps=None):
 class Corrector:
     """Moves the latents to where they would be, had the skipped steps known what the next computed step knows.
 
-    A skipped step uses a guessed velocity. At the next computed step the true one is known, so those of the skipped
-    steps can be interpolated, and the difference is made up for. With sigmas s, and the skipped steps j,
+    A skipped step j uses an extrapolated velocity. The next computed step shows the velocity v at its sigma s, so that
+    those in between can be interpolated: p(s[j]) on the parabola through the last three computed velocities (the line,
+    if there are two). The difference is made up for:
 
-        latents += sum of (s[j+1] - s[j]) (interpolated(s[j]) - used[j]) / (1 + CAUTION e)
+        latents += sum of (s[j+1] - s[j]) (p(s[j]) - used[j]) / (1 + k / s)        k = sum of (s[j] - s[j+1]) w[j]
 
-    e is the relative error of the extrapolation at the computed step: where it is large, the latents have drifted, and
-    the velocity computed there says less about the skipped steps. The idea is that of the corrector of a multistep
-    method, as in UniPC (arXiv 2302.04867), and for caches in PrediT (arXiv 2602.18093). Here it acts on the latents,
-    after guidance, however the steps were skipped, and whatever else happens to the latents.
+    w[j] is the weight of v in p(s[j]). Why the divisor: v is measured at latents that have drifted by d, and as long as
+    the network predicts the same image x - s v there, v is too large by d / s, and the sum by -k d / s. The sum should
+    be -d, so it is -d (1 + k / s).
+
+    The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867), and for caches in PrediT
+    (arXiv 2602.18093). Here it acts on the latents, after guidance, however the steps were skipped.
     """
 
     def __init__(self):
         self.computed = []  # (sigma, velocity) of the last two computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
-        self.kind = None  # number of calls and shape: another one is another velocity, guidance has ended, say
+        self.kind = None  # number of calls and shape: where it changes, guidance has ended, say
 
     def correction(self, velocity, sigma, next_sigma, is_computed, calls):
         """What to add to the latents after this step: the formula above, 0 after a skipped step."""
-        kind, velocity = (calls, velocity.shape), velocity.to(torch.float32, copy=True)
-        if kind != self.kind:
-            self.computed, self.skipped, self.kind = [], [], kind
-        self.computed = [(s, v) for s, v in self.computed if s > sigma]  # a scheduler may repeat a sigma
+        if self.kind != (calls, velocity.shape):
+            self.computed, self.skipped, self.kind = [], [], (calls, velocity.shape)
         if not is_computed:
             self.skipped.append((sigma, next_sigma, velocity))
             return 0.0
-        total = 0.0
-        if self.skipped and self.computed:
-            s0, v0 = self.computed[-1]
-            for s, next_s, used in self.skipped:
-                interpolated = v0 + (velocity - v0) * ((s - s0) / (sigma - s0))
-                total = total + (next_s - s) * (interpolated - used)
-            error = norm(extrapolate(self.computed, sigma) - velocity) / norm(velocity).clamp(min=1e-12)
-            total = total / (1 + CAUTION * error)
-        self.computed, self.skipped = [*self.computed[-1:], (sigma, velocity)], []
-        return total
+        earlier = [(s, v) for s, v in self.computed if s > sigma]  # a scheduler may repeat a sigma
+        total, k = 0.0, 0.0
+        for s, next_s, used in self.skipped if earlier else ():
+            p, weight = interpolate([*earlier, (sigma, velocity)], s)
+            total = total + (next_s - s) * (p - used)
+            k += (s - next_s) * weight
+        self.computed, self.skipped = [*earlier[-1:], (sigma, velocity)], []
+        return total / (1 + k / sigma)
 
 
-def norm(x):
-    """Euclidean norm of each image, in the shape (batch, 1, ...)."""
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+def interpolate(points, s):
+    """The polynomial through points (sigma, velocity) at s, in Lagrange's form, and the weight of the last point."""
+    value = 0.0
+    for i, (a, velocity) in enumerate(points):
+        weight = math.prod((s - b) / (a - b) for j, (b, _) in enumerate(points) if j != i)
+        value = value + weight * velocity
+    return value, weight
 
 
 class CorrectedEulerScheduler(FlowMatchEulerDiscreteScheduler):
@@ -513,17 +518,18 @@ class CorrectedEulerScheduler(FlowMatchEulerDiscreteScheduler):
     @functools.wraps(FlowMatchEulerDiscreteScheduler.step)  # pipelines inspect its parameters
     def step(self, model_output, *args, **kwargs):
         result = super().step(model_output, *args, **kwargs)
-        cache, step = vars(self).get("teacache"), self.step_index - 1
-        if cache is None or cache.timesteps is not self.timesteps or cache.step != step or cache.has_stepped:
-            return result  # the network was not called for it
-        cache.has_stepped = True
-        if not is_corrected(self):
-            return result
-        next_sigma = 0.0 if cache.is_last_step else cache.sigmas[step + 1]
-        correction = cache.corrector.correction(model_output, cache.sigma, next_sigma, cache.schedule[-1], cache.calls)
+        cache = vars(self).get("teacache")
+        is_running = cache is not None and cache.timesteps is self.timesteps and cache.step + 1 == self.step_index
+        if not is_running or cache.index == self.step_index:
+            return result  # the network was not called for it, or it is repeated
+        cache.index, latents = self.step_index, result[0]
+        if is_corrected(self):
+            velocity, is_computed = model_output.to(torch.float32, copy=True), cache.schedule[-1]
+            correction = cache.corrector.correction(velocity, cache.sigma, cache.next_sigma, is_computed, cache.calls)
+            latents = (latents + correction).to(latents.dtype)
+        cache.latents = latents
         if cache.is_last_step:
-            cache.corrector = Corrector()  # frees its tensors
-        latents = (result[0] + correction).to(result[0].dtype)
+            cache.corrector, cache.latents = Corrector(), None  # frees the tensors
         return (latents, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=latents)
 
     def __reduce_ex__(self, protocol):
@@ -542,7 +548,7 @@ def is_corrected(scheduler):
 
 def watch(scheduler, cache):
     """Have Euler's scheduler correct the latents of this generation. Others stay as they are."""
-    if type(scheduler) is FlowMatchEulerDiscreteScheduler or "teacache" in vars(scheduler):
+    if type(scheduler).__name__ == FlowMatchEulerDiscreteScheduler.__name__:
         scheduler.__class__ = CorrectedEulerScheduler
         scheduler.teacache = cache
 
@@ -567,18 +573,19 @@ def apply_teacache(
     tolerance: is gone.
 
     A network draws one image (or batch) at a time; threads need a network each. The calls of a step are known by their
-    order: it does not notice calls in changing order, a network that a callback runs on other latents, and prompts that
-    are changed in place. Where a prompt is replaced, the step is computed. `del pipeline` needs `gc.collect()`.
+    order: it does not notice calls in changing order, calls on other latents (by a callback, or to warm up within the
+    first step), and prompts that are changed in place. Where a prompt is replaced, the step is computed. `del pipeline` needs `gc.collect()`.
     Returns `model`. Raises ValueError for settings or networks that cannot work.
     """
     if tolerance is not None:
         raise ValueError("there is no tolerance any more: give computed_steps, say half of the steps")
     network, scheduler = find_network(model), scheduler or getattr(model, "scheduler", None)
-    if (scheduler is not None or network is not model) and not hasattr(scheduler, "step_index"):
+    is_alone = network is model and scheduler is None
+    if not is_alone and not hasattr(scheduler, "step_index"):
         name = type(model if scheduler is None else scheduler).__name__
         raise ValueError(f"this {name} does not count steps: give the {NETWORK} alone, with num_steps")
-    is_alone = scheduler is None and num_steps is None
-    check_settings(NUM_INFERENCE_STEPS if is_alone else num_steps, rel_l1_thresh, computed_steps, coefficients)
+    steps = NUM_INFERENCE_STEPS if is_alone and num_steps is None else num_steps
+    check_settings(steps, rel_l1_thresh, computed_steps, coefficients)
     remove_teacache(model)
     slot = find_forward(network, is_stock)
     if slot is not None:
