@@ -941,9 +941,17 @@ def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, tole
 # Running MEMO: loading, preparing, generating, the command line
 # ------------------------------------------------------------------------------
 
-WHOLE_NUMBERS = "resolution num_generated_frames_per_clip fps num_init_past_frames num_past_frames inference_steps".split()
-CONFIG_KEYS = [*WHOLE_NUMBERS, *"cfg_scale weight_dtype model_name_or_path vae wav2vec emotion2vec misc_model_dir".split()]
-VOCAL_SEPARATOR = "misc/vocal_separator/Kim_Vocal_2.onnx"  # in the folder misc_model_dir
+A_COUNT = "a whole number of at least 1", lambda value: isinstance(value, int) and value > 0
+A_NAME = "a name or folder", lambda value: isinstance(value, str)
+CONFIG_RULES = {
+    "resolution": ("a multiple of 8", lambda value: isinstance(value, int) and value > 0 and value % 8 == 0),
+    "num_generated_frames_per_clip": ("16, as it is written into memo's pipeline", lambda value: value == 16),
+    "cfg_scale": ("above 1, as memo needs guidance", lambda value: isinstance(value, (int, float)) and value > 1),
+    "weight_dtype": ("fp32, fp16 or bf16", lambda value: value in DTYPES),
+    **dict.fromkeys(["fps", "num_init_past_frames", "num_past_frames", "inference_steps"], A_COUNT),
+    **dict.fromkeys(["model_name_or_path", "vae", "wav2vec", "emotion2vec", "misc_model_dir"], A_NAME),
+}
+VOCAL_SEPARATOR = "misc/vocal_separator/Kim_Vocal_2.onnx"  # in the folder misc_model_dir of CONFIG
 BT709 = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-bsf:v"]  # the colours that players expect, and say so:
 BT709 += ["h264_metadata=colour_primaries=1:transfer_characteristics=1:matrix_coefficients=1:video_full_range_flag=0"]
 GENERATING = weakref.WeakSet()  # networks that are making a video
@@ -1013,19 +1021,18 @@ def clean_voice(audio, path):
     """Write the sound of any file that ffmpeg reads as a wav, 16 kHz, mono. Returns its seconds."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
-    source = Path(audio).absolute()  # ffmpeg takes "12:30.wav" for a protocol
-    command = [get_ffmpeg_exe(), "-nostdin", "-v", "error", "-i", source, "-ac", "2", "-ar", "16000", "-f", "s16le", "-"]
-    done = subprocess.run(command, capture_output=True)
-    stereo = np.frombuffer(done.stdout, np.int16).reshape(-1, 2)
-    if done.returncode != 0 or not len(stereo):
-        said = done.stderr.decode(errors="replace").replace(f"{source}: ", "").strip().splitlines()
-        raise ValueError(f"no sound in {audio}: {said[-1] if said else 'it is empty'}")
+    file = Path(audio).absolute()  # ffmpeg takes "12:30.wav" for a protocol
+    command = [get_ffmpeg_exe(), *"-nostdin -v error -i".split(), file, *"-ac 2 -ar 16000 -f s16le -".split()]
+    ffmpeg = subprocess.run(command, capture_output=True)
+    stereo = np.frombuffer(ffmpeg.stdout, np.int16).reshape(-1, 2)
+    if ffmpeg.returncode != 0 or len(stereo) == 0:
+        reason = ffmpeg.stderr.decode(errors="replace").replace(f"{file}: ", "").splitlines()
+        raise ValueError(f"no sound in {audio}: {reason[-1] if reason else 'it is empty'}")
     mono = stereo.mean(axis=1, dtype=np.float32).astype(np.int16)
     loudness = np.abs(stereo).mean(axis=0)
     if np.abs(mono).mean() < 0.6 * loudness.max():  # one channel is silent, or they cancel each other
-        side = int(loudness.argmax())
-        print(f"{audio}: only its {('left', 'right')[side]} channel is used, both together are quieter", file=sys.stderr)
-        mono = stereo[:, side]
+        print(f"{audio}: only the louder channel is used, as both together are quieter", file=sys.stderr)
+        mono = stereo[:, loudness.argmax()]
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
         file.writeframes(mono.tobytes())
@@ -1037,28 +1044,16 @@ def is_emoji(config):
     return Path(config.model_name_or_path).resolve() == BUNDLED
 
 
-def load_analysis(config):
-    """The module of the talking emoji, or memo's functions of the same names, whose models are fetched if need be."""
-    if is_emoji(config):
-        spec = importlib.util.spec_from_file_location("memo_emoji", BUNDLED / "emoji.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    try:
-        from memo.utils.audio_utils import extract_audio_emotion_labels, preprocess_audio
-        from memo.utils.vision_utils import preprocess_image
-    except ImportError as error:
-        raise ImportError(f"{error}: the real MEMO needs all that memo requires, pip install -e ../memo") from None
-    if not Path(config.misc_model_dir, VOCAL_SEPARATOR).is_file():
-        from huggingface_hub import snapshot_download
-
-        snapshot_download(MODEL, allow_patterns=["misc/[fv]*"], local_dir=config.misc_model_dir)
-    functions = {"preprocess_image": preprocess_image, "preprocess_audio": preprocess_audio}
-    return SimpleNamespace(**functions, extract_audio_emotion_labels=extract_audio_emotion_labels, EMOTIONS=EMOTIONS)
+def load_emoji():
+    """The module with what the talking emoji has in place of memo's functions for faces and voices."""
+    spec = importlib.util.spec_from_file_location("memo_emoji", BUNDLED / "emoji.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextlib.contextmanager
-def no_standard_input():
+def without_stdin():
     """The ffmpeg that memo calls reads the terminal, which would stop a job in the background."""
     terminal = os.dup(0)
     with open(os.devnull) as nothing:
@@ -1077,26 +1072,36 @@ def prepare(image, audio, config, folder, emotion=None):
     """
     portrait, voice = (free_name(Path(folder, name).absolute()) for name in ("portrait.png", "voice.wav"))
     clean_portrait(image, portrait)
-    num_frames = math.ceil(clean_voice(audio, voice) * config.fps)
-    analysis, device = load_analysis(config), "cuda" if torch.cuda.is_available() else "cpu"
-    if emotion not in (None, *analysis.EMOTIONS):
-        raise ValueError(f"this model can be {', '.join(analysis.EMOTIONS)}, not {emotion}")
-    misc, size = Path(config.misc_model_dir), config.num_generated_frames_per_clip
-    with no_standard_input():
-        face_models = str(misc / "misc" / "face_analysis")
-        pixel_values, face_emb = analysis.preprocess_image(face_models, str(portrait), config.resolution)
-        if not face_emb.any():
+    seconds = clean_voice(audio, voice)
+    if is_emoji(config):
+        hearing = seeing = load_emoji()
+    else:
+        from memo.utils import audio_utils as hearing
+        from memo.utils import vision_utils as seeing
+
+    emotions, misc = getattr(hearing, "EMOTIONS", EMOTIONS), Path(config.misc_model_dir)
+    if emotion not in (None, *emotions):
+        raise ValueError(f"this model knows the emotions {', '.join(emotions)}, not {emotion}")
+    if not is_emoji(config) and not (misc / VOCAL_SEPARATOR).is_file():
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(MODEL, allow_patterns=["misc/[fv]*"], local_dir=misc)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clip = {"num_generated_frames_per_clip": config.num_generated_frames_per_clip, "device": device}
+    with without_stdin():
+        pixels, face = seeing.preprocess_image(str(misc / "misc/face_analysis"), str(portrait), config.resolution)
+        if not face.any():
             raise ValueError(f"no face found in {image}: give a frontal portrait")
-        clip = {"num_generated_frames_per_clip": size, "device": device}
-        sound = str(voice), config.fps, config.wav2vec, str(misc / VOCAL_SEPARATOR), str(folder)
-        audio_emb, length = analysis.preprocess_audio(*sound, **clip)
+        of_voice = str(voice), config.fps, config.wav2vec, str(misc / VOCAL_SEPARATOR), str(folder)
+        audio_emb, length = hearing.preprocess_audio(*of_voice, **clip)
         if emotion is None:
             of_voice = MODEL, str(voice), config.emotion2vec, length
-            audio_emotion, num_classes = analysis.extract_audio_emotion_labels(*of_voice, device=device)
+            audio_emotion, num_classes = hearing.extract_audio_emotion_labels(*of_voice, device=device)
         else:
             audio_emotion, num_classes = torch.full((length,), EMOTIONS.index(emotion)).int(), len(EMOTIONS)
-    inputs = {"pixel_values": pixel_values, "face_emb": face_emb, "audio_emb": audio_emb, "sound": voice}
-    return SimpleNamespace(**inputs, audio_emotion=audio_emotion, num_emotion_classes=num_classes, num_frames=num_frames)
+    inputs = {"pixel_values": pixels, "face_emb": face, "audio_emb": audio_emb, "audio_emotion": audio_emotion}
+    inputs |= {"num_emotion_classes": num_classes, "num_frames": math.ceil(seconds * config.fps), "sound": voice}
+    return SimpleNamespace(**inputs)
 
 
 # ---- the video ---------------------------------------------------------------
@@ -1137,9 +1142,10 @@ def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, schedu
     given |= {"face_emb": inputs.face_emb, "emotion_class_num": inputs.num_emotion_classes}
     given["generator"] = torch.Generator().manual_seed(seed)  # on the CPU: equal noise on every device
     past_frames = inputs.pixel_values.repeat(config.num_init_past_frames, 1, 1, 1)
-    look = {"bar_format": "{desc} |{bar}| {elapsed}, {remaining} left", "leave": False, "delay": 1e-9}  # not empty at first
-    off = True if bar is None else None  # None: where there is no terminal
-    with alone(pipeline.diffusion_net), tqdm(total=count * steps, disable=off, **look) as progress:
+    form = "{desc} |{bar}| {elapsed}, {remaining} left"
+    off = True if bar is None else None  # None: on no terminal
+    progress = tqdm(total=count * steps, bar_format=form, delay=1e-9, disable=off, leave=False)  # no bar of no steps
+    with alone(pipeline.diffusion_net), progress:
         apply_teacache(pipeline, **settings)
         pipeline.set_progress_bar_config(disable=True)  # one bar for the video, instead of memo's for each clip
         for clip in range(count):
@@ -1162,13 +1168,6 @@ def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, schedu
                 print(f"{name}: {sum(computed)} of {len(computed)} steps computed", file=sys.stderr)
             frames = (video.permute(1, 2, 3, 0) * 255).clamp(0, 255).to(torch.uint8)
             yield frames[: num_frames - clip * size].numpy()
-
-
-def generate_all(*args, **options):
-    """The whole video of `generate`: frames, the seconds that they took, and the schedule of all clips."""
-    schedule, began = [], time.perf_counter()
-    frames = np.concatenate(list(generate(*args, schedule=schedule, **options)))
-    return frames, time.perf_counter() - began, schedule
 
 
 def free_name(path):
@@ -1203,7 +1202,7 @@ def write_video(clips, path, fps, sound):
         draft.rename(path)
     except OSError as error:
         reason = str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}), ffmpeg's own message is above") from error
+        raise OSError(f"{path} could not be written ({reason}): what ffmpeg says is above") from error
     finally:
         writer.close()
         draft.unlink(missing_ok=True)
@@ -1240,7 +1239,9 @@ def one_line_errors():
         yield
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+    except ImportError as error:
+        sys.exit(f"error: {error}, see Installation in README.md: git clone https://github.com/memoavatar/memo")
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 
 
@@ -1254,24 +1255,11 @@ def quiet():
     transformers.utils.logging.disable_progress_bar()
 
 
-def check_packages():
-    """Raise ImportError, with what to install, for what every run needs."""
-    try:
-        import imageio_ffmpeg
-        import omegaconf  # noqa: F401
-
-        imageio_ffmpeg.get_ffmpeg_exe()
-        import_memo()
-    except (ImportError, RuntimeError) as error:
-        packages = 'pip install einops omegaconf "imageio[ffmpeg]"'
-        raise ImportError(f"{error}: {packages}, git clone https://github.com/memoavatar/memo, see README.md") from None
-
-
 def find_file(name):
     """A file as it was typed, else in the folder of memo. ValueError with both places if it is in neither."""
     import memo
 
-    places = list(dict.fromkeys((Path(name), Path(memo.__path__[0]).parent / name)))
+    places = list(dict.fromkeys([Path(name), Path(memo.__path__[0]).parent / name]))
     for path in places:
         if path.is_file():
             return path
@@ -1282,61 +1270,41 @@ def read_config(path):
     """memo's configs/inference.yaml, or one like it. ValueError for what is missing or cannot work."""
     from omegaconf import OmegaConf
 
-    def require(key, is_right, what):
-        if not is_right:
-            raise ValueError(f"{path}: {key} is {config[key]}, it must be {what}")
-
     try:
         config = OmegaConf.load(path)
-        lacking = ", ".join(key for key in CONFIG_KEYS if key not in config)
-    except Exception as error:  # not YAML
-        lacking = str(error)
-    if lacking:
-        raise ValueError(f"{path} is no config for MEMO, it lacks {lacking}: begin with memo's configs/inference.yaml")
-    for key in WHOLE_NUMBERS:
-        require(key, isinstance(config[key], int) and config[key] > 0, "a whole number of at least 1")
-    require("resolution", config.resolution % 8 == 0, "a multiple of 8")
-    require("num_generated_frames_per_clip", config.num_generated_frames_per_clip == 16, "16, as in memo's pipeline")
-    is_number = isinstance(config.cfg_scale, (int, float))
-    require("cfg_scale", is_number and config.cfg_scale > 1, "above 1, as memo's pipeline fails without guidance")
-    require("weight_dtype", config.weight_dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        values = {name: config.get(name) for name in CONFIG_RULES}
+    except Exception as error:  # not YAML, or a list
+        raise ValueError(f"{path} is no config for MEMO ({error})") from None
+    for name, (what, is_right) in CONFIG_RULES.items():
+        if not is_right(values[name]):
+            raise ValueError(f"{path}: {name} must be {what}, not {values[name]}")
     return config
 
 
 def choose_config(name=None):
-    """Of this name; else the talking emoji's without a CUDA GPU, or memo's."""
-    check_packages()
+    """The config of this name; without one the talking emoji's where there is no CUDA GPU, else memo's."""
     if not name and not torch.cuda.is_available() and BUNDLED.is_dir():
         print(f"No CUDA GPU: using the bundled talking emoji. For the real MEMO: --config {CONFIG}")
         name = BUNDLED / "config.yaml"
     path = find_file(name or CONFIG)
     config = read_config(path)
-    if path.resolve().parent == BUNDLED:  # from any folder
-        config.model_name_or_path = str(BUNDLED)
+    if path.resolve().parent == BUNDLED:
+        config.model_name_or_path = str(BUNDLED)  # from any folder
     return config
 
 
-def find_inputs(config, image, audio):
-    """The portrait and the voice; of those that are None, the example of the model."""
-    example = (INPUT_IMAGE, INPUT_AUDIO)
-    if is_emoji(config):
-        example = BUNDLED / "example.png", BUNDLED / "example.wav"
+def find_inputs(config, image=None, audio=None):
+    """The files of the portrait and the voice, by default those of the model's example."""
+    example = (BUNDLED / "example.png", BUNDLED / "example.wav") if is_emoji(config) else (INPUT_IMAGE, INPUT_AUDIO)
     return find_file(image or example[0]), find_file(audio or example[1])
 
 
-def video_name(image, audio):
-    """face_speech.mp4. Names of files can have 255 bytes, so long ones are cut."""
+def output_path(folder, image, audio):
+    """face_speech.mp4 in this folder, which is made. OSError if nothing can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
     stems = (os.fsencode(Path(file).stem)[:100].decode(errors="ignore") for file in (image, audio))
-    return f"{'_'.join(stems)}.mp4"
-
-
-def check_folder(folder):
-    """Create the folder of the outputs. OSError if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"cannot write into {folder} ({error.strerror}): give another --output_dir") from None
+    return folder / f"{'_'.join(stems)}.mp4"  # a name can have 255 bytes
 
 
 def name_setting(rel_l1_thresh=None, computed_steps=None):
@@ -1354,19 +1322,19 @@ def main(argv=None):
         config = choose_config(args.config)
         check_settings(config.inference_steps, **settings)
         image, audio = find_inputs(config, args.input_image, args.input_audio)
-        check_folder(args.output_dir)
+        output = output_path(args.output_dir, image, audio)
         inputs = prepare(image, audio, config, folder, args.emotion)
         pipeline, audio_proj = load_pipeline(config.model_name_or_path, config.vae, dtype=config.weight_dtype)
 
         schedule, began = [], time.perf_counter()
         clips = generate(pipeline, audio_proj, inputs, config, args.seed, schedule=schedule, **settings)
-        output = write_video(clips, args.output_dir / video_name(image, audio), config.fps, inputs.sound)
+        output = write_video(clips, output, config.fps, inputs.sound)
         seconds = time.perf_counter() - began
 
         is_corrected = False in schedule and type(pipeline.scheduler) is CorrectedEulerScheduler
-        steps = f"{sum(schedule)} of {len(schedule)} steps computed"
         setting = name_setting(**settings) + (", corrected" if is_corrected else "")
-        print(f"saved {output}: {seconds:.1f} s, {steps} ({setting}), seed {args.seed}")
+        steps = f"{sum(schedule)} of {len(schedule)} steps computed ({setting})"
+        print(f"saved {output}: {seconds:.1f} s, {steps}, seed {args.seed}")
 
 
 if __name__ == "__main__":

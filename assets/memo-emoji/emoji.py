@@ -35,7 +35,13 @@ def preprocess_image(face_analysis_model, image_path, image_size):
 
 
 def preprocess_audio(
-    wav_path, fps, wav2vec_model=None, vocal_separator_model=None, cache_dir="", num_generated_frames_per_clip=16, **ignored
+    wav_path,
+    fps,
+    wav2vec_model=None,
+    vocal_separator_model=None,
+    cache_dir="",
+    num_generated_frames_per_clip=16,
+    **ignored,
 ):
     """Features (frames, 5, blocks, channels) of a 16 kHz wav and the number of frames, filled up to whole clips."""
     if is_example(wav_path):  # the features that it was prepared with, whatever transformers is installed
