@@ -1021,18 +1021,22 @@ def clean_voice(audio, path):
     """Write the sound of any file that ffmpeg reads as a wav, 16 kHz, mono. Returns its seconds."""
     from imageio_ffmpeg import get_ffmpeg_exe
 
-    file = Path(audio).absolute()  # ffmpeg takes "12:30.wav" for a protocol
-    command = [get_ffmpeg_exe(), *"-nostdin -v error -i".split(), file, *"-ac 2 -ar 16000 -f s16le -".split()]
-    ffmpeg = subprocess.run(command, capture_output=True)
-    stereo = np.frombuffer(ffmpeg.stdout, np.int16).reshape(-1, 2)
-    if ffmpeg.returncode != 0 or len(stereo) == 0:
-        reason = ffmpeg.stderr.decode(errors="replace").replace(f"{file}: ", "").splitlines()
-        raise ValueError(f"no sound in {audio}: {reason[-1] if reason else 'it is empty'}")
-    mono = stereo.mean(axis=1, dtype=np.float32).astype(np.int16)
-    loudness = np.abs(stereo).mean(axis=0)
+    source = Path(audio).absolute()  # ffmpeg takes "12:30.wav" for a protocol
+    form = "-af aformat=channel_layouts=mono|stereo -ar 16000 -c:a pcm_s16le".split()
+    command = [get_ffmpeg_exe(), *"-nostdin -v error -i".split(), source, *form, path]
+    ffmpeg = subprocess.run(command, stderr=subprocess.PIPE)
+    if ffmpeg.returncode != 0:
+        reason = ffmpeg.stderr.decode(errors="replace").partition("\n")[0].removeprefix(f"{source}: ")
+        raise ValueError(f"no sound in {audio}: {reason}")
+    with wave.open(str(path)) as file:
+        sound = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, file.getnchannels())
+    if not sound.size:
+        raise ValueError(f"no sound in {audio}: it is empty")
+    mono = sound.mean(axis=1, dtype=np.float32).astype(np.int16)
+    loudness = np.abs(sound).mean(axis=0)
     if np.abs(mono).mean() < 0.6 * loudness.max():  # one channel is silent, or they cancel each other
         print(f"{audio}: only the louder channel is used, as both together are quieter", file=sys.stderr)
-        mono = stereo[:, loudness.argmax()]
+        mono = sound[:, loudness.argmax()]
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, 16000, 0, "NONE", ""))
         file.writeframes(mono.tobytes())
