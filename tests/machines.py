@@ -286,7 +286,7 @@ class Loop:
                 continue
             velocity, joint = torch.cat(velocities), torch.cat(latents)
             joint = self.scheduler.step(velocity, t, joint, return_dict=False)[0]
-            latents = list(joint.split(1))
+            latents = list(joint.split(1)) if len(seeds) > 1 else [joint]
             if after:
                 after(i, t, velocity, joint)
         return latents

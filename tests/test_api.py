@@ -6,9 +6,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import LUMINA2, ROOT, equal, tensors_in
+from conftest import LUMINA2, ROOT, equal
+
+from machines import kept
 
 THRESH = dict(rel_l1_thresh=0.1)
 
@@ -21,7 +24,7 @@ def test_apply_touches_one_instance_and_remove_leaves_nothing(machine):
     assert machine.cls.forward is forward and "forward" not in vars(other)
     with pytest.raises(ZeroDivisionError):
         machine.denoise(model, job, before=lambda step, branch, count: 1 / (5 - step))
-    assert tensors_in(model.teacache), "an interrupted generation holds its cache..."
+    assert kept(model), "an interrupted generation holds its cache..."
     assert machine.script.remove_teacache(model) is model
     assert set(vars(model)) == before, "...and remove_teacache lets it go"
     assert equal(machine.denoise(model, job), stock)
@@ -93,6 +96,7 @@ def test_class_attributes_and_constants(machine, patched_class, monkeypatch):
     machine.apply(model)
     assert sum(schedule()) == 3, "nothing given: the constants, whatever the class has"
     machine.script.remove_teacache(model)
+    del model.enable_teacache  # which switches this one off, where its class is on
     assert sum(schedule()) == 5
     for name in ("rel_l1_thresh", "computed_steps"):
         monkeypatch.setattr(patched_class, name, None)
@@ -104,47 +108,21 @@ def test_class_attributes_and_constants(machine, patched_class, monkeypatch):
     monkeypatch.delattr(patched_class, "coefficients")
     assert schedule() == [i in (0, 3, 6, 7) for i in range(8)]
     monkeypatch.delattr(patched_class, "enable_teacache")
-    assert schedule() == [], "off"
-
-
-@pytest.mark.parametrize("hook_first", [True, False])
-def test_inside_offloading_hooks(machine, hook_first):
-    """accelerate replaces `forward` on the instance; both orders work, and removing either leaves the other."""
-    hooks = pytest.importorskip("accelerate.hooks")
-
-    class Count(hooks.ModelHook):
-        calls = 0
-
-        def pre_forward(self, module, *args, **kwargs):
-            self.calls += 1
-            return args, kwargs
-
-    model, job, hook, n = machine.model(), machine.job(), Count(), 8 * machine.passes
-    stock, expected = machine.denoise(model, job), machine.oracle(model, job, **THRESH)[:2]
-    steps = [lambda: hooks.add_hook_to_module(model, hook)]
-    steps.insert(1 if hook_first else 0, lambda: machine.apply(model, **THRESH))
-    for step in steps:
-        step()
-    assert equal(machine.denoise(model, job), expected) and hook.calls == n
-    machine.apply(model, **THRESH)
-    assert equal(machine.denoise(model, job), expected) and hook.calls == 2 * n, "applied again"
-    machine.script.remove_teacache(model)
-    assert equal(machine.denoise(model, job), stock) and hook.calls == 3 * n
-    hooks.remove_hook_from_module(model)
-    assert equal(machine.denoise(model, job), stock) and hook.calls == 3 * n
+    assert schedule() == [True] * 8, "off"
 
 
 @pytest.mark.parametrize(
     "settings, says",
     [
         *[(dict(num_steps=n), "whole number of at least 1") for n in (0, -3, 2.5, math.inf, math.nan)],
-        *[(dict(rel_l1_thresh=t), "numbers of at least 0") for t in (-0.1, math.nan, math.inf)],
-        *[(dict(tolerance=t), "numbers of at least 0") for t in (-0.1, math.nan, math.inf)],
-        *[(dict(num_steps=8, computed_steps=k), "must be 2 to 8") for k in (-1, 0, 1, 9, 2.5, math.nan)],
-        (dict(num_steps=1, computed_steps=2), "must be 2 to 1"),
-        (dict(rel_l1_thresh=0.1, computed_steps=4), "only one of"),
-        (dict(tolerance=0.1, computed_steps=4), "only one of"),
-        (dict(rel_l1_thresh=0.0, tolerance=0.0), "only one of"),
+        *[(dict(rel_l1_thresh=t), "must be a number of at least 0") for t in (-0.1, math.nan, math.inf)],
+        *[(dict(num_steps=8, computed_steps=k), "whole number from 2 to 8") for k in (-1, 0, 1, 9, 2.5, math.nan)],
+        (dict(num_steps=1, computed_steps=2), "from 1 to 1"),
+        *[(dict(computed_steps=k), "rising whole numbers from 0") for k in ([], [1, 5], [0, 5, 3], [0, 2.5, 4], [0, 0])],
+        (dict(num_steps=8, computed_steps=[0, 4, 8]), "a list for 9 steps, not for 8"),
+        (dict(computed_steps=[0, 4, 8]), "a list for 9 steps, not for"),  # the constant
+        (dict(rel_l1_thresh=0.0, computed_steps=4), "not both"),
+        (dict(tolerance=0.1), "no tolerance any more: give computed_steps"),
         *[(dict(coefficients=[c, 0.0]), "coefficients must be finite") for c in (math.nan, -math.inf)],
     ],
     ids=str,
@@ -157,7 +135,7 @@ def test_settings_that_cannot_work(machine, settings, says):
     assert "\n" not in str(error.value) and set(vars(model)) == before, "one line, and the model is as it was"
 
 
-@pytest.mark.parametrize("constant, value", [("COMPUTED_STEPS", 9), ("REL_L1_THRESH", -1), ("TOLERANCE", math.nan)])
+@pytest.mark.parametrize("constant, value", [("COMPUTED_STEPS", 9), ("REL_L1_THRESH", -1)])
 def test_constants_that_cannot_work(machine, monkeypatch, constant, value):
     """Refused where they hold; a setting that is given goes before them."""
     monkeypatch.setattr(machine.script, constant, value)
@@ -181,24 +159,43 @@ def test_defaults_and_what_is_positional(machine, monkeypatch):
     names = ["model", "num_steps", "rel_l1_thresh", "coefficients"]
     kinds = {p.name: p.kind for p in inspect.signature(script.apply_teacache).parameters.values()}
     assert [n for n, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == names
-    assert kinds["computed_steps"] is kinds["tolerance"] is inspect.Parameter.KEYWORD_ONLY
 
     def values(*args, **kwargs):
         model = script.apply_teacache(machine.model(), *args, **kwargs)
-        settings = ("num_steps", "rel_l1_thresh", "coefficients", "computed_steps", "tolerance")
+        settings = ("num_steps", "rel_l1_thresh", "coefficients", "computed_steps")
         return [vars(model)[name] for name in ("enable_teacache", *settings)]
 
-    assert values() == [True, script.NUM_INFERENCE_STEPS, None, None, None, None]
-    assert values(9, 0.2, [1.0]) == [True, 9, 0.2, [1.0], None, None]
-    assert values(1, computed_steps=1) == [True, 1, None, None, 1, None]
-    assert values(9, tolerance=0.1) == [True, 9, None, None, None, 0.1]
+    assert values() == [True, None, None, None, None]
+    assert values(9, 0.2, [1.0]) == [True, 9, 0.2, [1.0], None]
+    assert values(1, computed_steps=1) == [True, 1, None, None, 1]
     script.apply_teacache(model, 8)
-    for name, value, computed in [("COMPUTED_STEPS", 4, 4), ("COMPUTED_STEPS", None, 2), ("TOLERANCE", 0.0, 8)]:
-        monkeypatch.setattr(script, "REL_L1_THRESH", 1e9)
-        monkeypatch.setattr(script, "COEFFICIENTS", [1.0])
-        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script, "REL_L1_THRESH", 1e9)
+    monkeypatch.setattr(script, "COEFFICIENTS", [1.0])
+    for value, computed in [(4, 4), ([0, 1, 7], 3), (None, 2)]:
+        monkeypatch.setattr(script, "COMPUTED_STEPS", value)
         machine.denoise(model, machine.job())
         assert sum(model.teacache.schedule) == computed, "edited after apply_teacache, too"
+
+
+LIKE_4 = [np.int64(4), 4.0, torch.tensor(4), np.array(4)]
+LIKE_A_LIST = [range(0, 8, 7), (0, 7), np.array([0, 7]), [0.0, np.int64(7)]]
+
+
+@pytest.mark.parametrize("steps", [*LIKE_4, *LIKE_A_LIST], ids=str)
+def test_numbers_of_other_types(machine, steps):
+    """As they come from arrays, command lines and JSON."""
+    model, job = machine.model(), machine.job(guided=False)
+    expected = machine.oracle(model, job, computed_steps=4 if np.ndim(steps) == 0 else [0, 7])
+    machine.apply(model, np.int64(8), computed_steps=steps)
+    assert equal(machine.denoise(model, job), expected[:2]) and model.teacache.schedule == expected[2]
+
+
+@pytest.mark.parametrize("coefficients", [np.array([2.0, 0.01]), (2, 0.01), torch.tensor([2.0, 0.01])], ids=str)
+def test_coefficients_of_other_types(machine, coefficients):
+    model, job = machine.model(), machine.job(guided=False)
+    expected = machine.oracle(model, job, rel_l1_thresh=0.3, coefficients=[2.0, 0.01])
+    machine.apply(model, 8.0, coefficients, rel_l1_thresh=0.3)
+    assert equal(machine.denoise(model, job), expected[:2]) and model.teacache.schedule == expected[2]
 
 
 def test_import_does_nothing(tmp_path):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import equal
+from machines import Loop, fresh
 
 WAY = {"rel_l1_thresh": 0.1}
 
@@ -123,7 +124,7 @@ OFFLOADS = {
 @pytest.mark.parametrize("offload_first", [True, False])
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_group_offload(machine, offload, offload_first, tmp_path):
-    """diffusers' own, also to disk: weights that are not there give NaN."""
+    """diffusers' own, also to disk: weights that are not there give NaN, and those that lie elsewhere another rounding."""
     hooks = pytest.importorskip("diffusers.hooks")
     options = OFFLOADS[offload] | {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
     if "offload_to_disk_path" in options:
@@ -133,18 +134,21 @@ def test_group_offload(machine, offload, offload_first, tmp_path):
         except TypeError:
             pytest.skip("this diffusers does not offload to disk")
     model, job = machine.model(), machine.job()
-    stock, (*cached, _) = machine.denoise(model, job), machine.oracle(model, job, **WAY)
+    stock, (*cached, schedule) = machine.denoise(model, job), machine.oracle(model, job, **WAY)
     steps = [lambda: machine.apply(model, rel_l1_thresh=0), lambda: hooks.apply_group_offloading(model, **options)]
     for step in reversed(steps) if offload_first else steps:
         step()
-    assert equal(machine.denoise(model, job), stock), "threshold 0"
+
+    def is_near(expected):
+        outputs, latents = machine.denoise(model, job)
+        return all(torch.allclose(a, b, atol=1e-4) for a, b in zip([*outputs, latents], [*expected[0], expected[1]]))
+
+    assert is_near(stock), "threshold 0"
     machine.apply(model, **WAY)
-    assert equal(machine.denoise(model, job), tuple(cached))
+    assert is_near(cached) and model.teacache.schedule == schedule
     machine.script.remove_teacache(model)
-    assert equal(machine.denoise(model, job), stock)
     calls = machine.block_calls(model)
-    machine.denoise(model, job)
-    assert len(calls) == 8 * machine.passes, "nothing is cached any more"
+    assert is_near(stock) and len(calls) == 8 * machine.passes, "nothing is cached any more"
 
 
 def test_a_wrapper_put_on_later(machine):
@@ -225,7 +229,8 @@ def test_saved_and_loaded(machine):
         file.seek(0)
         loaded = torch.load(file, weights_only=False)
         torch.nn.init.zeros_(next(machine.last(model).parameters()))  # the loaded one runs its own blocks
-        assert equal(machine.denoise(loaded, job), tuple(cached)) and loaded.teacache.schedule == schedule
+        (*_, latents), expected = machine.denoise(loaded, job), cached[-1]
+        assert torch.allclose(latents, expected, atol=1e-4) and loaded.teacache.schedule == schedule
         model = loaded
     machine.script.remove_teacache(loaded)
     assert "forward" not in vars(loaded)
@@ -236,10 +241,10 @@ def test_copied(machine):
     stock, (*cached, _) = machine.denoise(model, job), machine.oracle(model, job, **WAY)
     machine.apply(model, **WAY)
     other, calls = copy.deepcopy(model), machine.block_calls(model)
-    assert equal(machine.denoise(other, job), tuple(cached)) and not calls
-    machine.script.remove_teacache(model)
-    assert equal(machine.denoise(other, job), tuple(cached)) and not calls
-    assert equal(machine.denoise(machine.script.remove_teacache(other), job), stock)
+    for remove, expected in ((None, cached), (model, cached), (other, stock)):
+        if remove:
+            machine.script.remove_teacache(remove)
+        assert torch.allclose(machine.denoise(other, job)[1], expected[1], atol=1e-4) and not calls
 
 
 def test_removed_by_a_reloaded_module(machine):
@@ -253,6 +258,22 @@ def test_removed_by_a_reloaded_module(machine):
         assert equal(machine.denoise(model, job), stock) and "forward" not in vars(model)
         script.apply_teacache(model, 8, coefficients=[1.0, 0.0], **WAY)
         assert equal(machine.denoise(model, job), tuple(cached))
+    finally:
+        vars(script).update(kept)
+
+
+def test_a_corrected_scheduler_and_a_reloaded_module(machine):
+    """Its class is another now: it is corrected, and set back, all the same."""
+    loop, script, way = Loop(machine), machine.script, dict(computed_steps=3)
+    kept, expected, cls = dict(vars(script)), fresh(loop, way), type(loop.scheduler)
+    try:
+        loop.apply(**way)
+        loop.draw()
+        importlib.reload(script)
+        loop.apply(**way)
+        assert equal((loop.draw(), loop.schedule), expected)
+        script.remove_teacache(loop)
+        assert type(loop.scheduler) is cls and "teacache" not in vars(loop.scheduler)
     finally:
         vars(script).update(kept)
 
@@ -276,3 +297,17 @@ def test_removed_by_a_module_of_another_name(machine):
             one.remove_teacache(model)
     finally:
         del sys.modules["another_name"]
+
+
+def test_a_compiled_first_block(machine):
+    """As in the recipe: the blocks, in place. With a threshold its modulated input is still found."""
+    model, job = machine.model(), machine.job()
+    block = model.layers[0] if machine.name == "lumina2" else machine.block(model)
+    *expected, schedule = machine.oracle(model, job, **WAY)
+    block.compile(backend="eager")
+    for way in (WAY, dict(computed_steps=3)):
+        machine.apply(model, **way)
+        found = machine.denoise(model, job)
+        if way is WAY:
+            assert torch.allclose(found[1], expected[1], atol=1e-4) and model.teacache.schedule == schedule
+    assert sum(model.teacache.schedule) == 3 and False in schedule
