@@ -1,6 +1,6 @@
 """What plan_lumina2.py gains over the default choice of as many steps, on prompts that it was not planned on.
 
-    python tests/benchmarks/lumina2_plan.py                  # the bundled model, planned on 4 prompts, proven on 8 others
+python tests/benchmarks/lumina2_plan.py                  # the bundled model, planned on 4 prompts, proven on 8 others
 """
 
 import argparse

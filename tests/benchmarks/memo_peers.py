@@ -172,7 +172,9 @@ def measure(i, model):
         row = {"method": method, "setting": str(setting)}
         row |= {"passes": sum(schedule) * size / len(video), "time": round(seconds / base[1], 3)}
         row["uncached"], row["median_frame"] = psnr(video, base[0], size)
-        rows[record.slug(method, setting)] = row | {"mouth": round(correlation(mouth_opening(video), voice["opening"]), 4)}
+        rows[record.slug(method, setting)] = row | {
+            "mouth": round(correlation(mouth_opening(video), voice["opening"]), 4)
+        }
         print(f"voice {i}: {method}, {setting}: {seconds:.0f} s", file=sys.stderr, flush=True)
 
     add("uncached", STEPS, base)

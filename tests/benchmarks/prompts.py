@@ -26,9 +26,9 @@ a cow and a pig
 monkey with party hat
 green star with eyes
 owl on a bicycle
-pink elephant
+purple elephant
 bear with a guitar
-a blue car in the snow
+a blue car in the rain
 robot with a cake
 """.splitlines()
 
