@@ -400,7 +400,7 @@ def choose_steps(sigmas, count):
     length = np.diff(position, append=num_steps)
     errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
     costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k
-    costs[:, -1] *= 2  # the last computed step cannot make up for what was skipped just before
+    costs[:, -1] *= 2  # what is skipped just before the last step is made up for by half, see Corrector
     costs = np.rint(100 * costs)  # whole numbers: rounding must not decide between equal sums
     costs[np.tril_indices(num_steps)] = math.inf  # k comes after j
     least, before = costs[0], []  # [k]: least sum if k is computed; the computed step before k
@@ -430,21 +430,21 @@ class Corrector:
     """Moves the latents to where they would be, had the skipped steps known what the next computed step knows.
 
     A skipped step j uses an extrapolated velocity. The next computed step shows the velocity v at its sigma s, so that
-    those in between can be interpolated: p(s[j]) on the parabola through the last three computed velocities (the line,
-    if there are two). The difference is made up for:
+    those in between can be interpolated: p(s[j]) on the polynomial through the last four computed velocities (fewer, as
+    long as there are fewer). With n, the sigma of the next step, the latents are moved by
 
-        latents += sum of (s[j+1] - s[j]) (p(s[j]) - used[j]) / (1 + k / s)        k = sum of (s[j] - s[j+1]) w[j]
+        s / (2 s - n)  times the sum of  (s[j+1] - s[j]) (p(s[j]) - used[j])
 
-    w[j] is the weight of v in p(s[j]). Why the divisor: v is measured at latents that have drifted by d, and as long as
-    the network predicts the same image x - s v there, v is too large by d / s, and the sum by -k d / s. The sum should
-    be -d, so it is -d (1 + k / s).
+    Why the factor: v is measured at latents that have drifted by d. As long as the network predicts the same image
+    x - s v there, v is too large by d / s, and the step that follows, of length s - n, undoes (s - n) / s of the drift
+    by itself. The factor is 1 / (1 + (s - n) / s): nearly 1 in the short steps at the beginning, 1/2 in the last step.
 
     The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867), and for caches in PrediT
     (arXiv 2602.18093). Here it acts on the latents, after guidance, however the steps were skipped.
     """
 
     def __init__(self):
-        self.computed = []  # (sigma, velocity) of the last two computed steps
+        self.computed = []  # (sigma, velocity) of the last three computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
         self.kind = None  # number of calls and shape: where it changes, guidance has ended, say
 
@@ -456,22 +456,21 @@ class Corrector:
             self.skipped.append((sigma, next_sigma, velocity))
             return 0.0
         earlier = [(s, v) for s, v in self.computed if s > sigma]  # a scheduler may repeat a sigma
-        total, k = 0.0, 0.0
-        for s, next_s, used in self.skipped if earlier else ():
-            p, weight = interpolate([*earlier, (sigma, velocity)], s)
-            total = total + (next_s - s) * (p - used)
-            k += (s - next_s) * weight
-        self.computed, self.skipped = [*earlier[-1:], (sigma, velocity)], []
-        return total / (1 + k / sigma)
+        total = 0.0
+        if earlier and sigma > 0:
+            for s, next_s, used in self.skipped:
+                total = total + (next_s - s) * (interpolate([*earlier, (sigma, velocity)], s) - used)
+            total = total * (sigma / (2 * sigma - next_sigma))
+        self.computed, self.skipped = [*earlier[-2:], (sigma, velocity)], []
+        return total
 
 
 def interpolate(points, s):
-    """The polynomial through points (sigma, velocity) at s, in Lagrange's form, and the weight of the last point."""
-    value = 0.0
+    """The polynomial through points (sigma, velocity) at s, in Lagrange's form."""
+    total = 0.0
     for i, (a, velocity) in enumerate(points):
-        weight = math.prod((s - b) / (a - b) for j, (b, _) in enumerate(points) if j != i)
-        value = value + weight * velocity
-    return value, weight
+        total = total + velocity * math.prod((s - b) / (a - b) for j, (b, _) in enumerate(points) if j != i)
+    return total
 
 
 class CorrectedEulerScheduler(FlowMatchEulerDiscreteScheduler):
@@ -482,7 +481,9 @@ class CorrectedEulerScheduler(FlowMatchEulerDiscreteScheduler):
 
     @functools.wraps(FlowMatchEulerDiscreteScheduler.step)  # pipelines inspect its parameters
     def step(self, model_output, *args, **kwargs):
-        result = super().step(model_output, *args, **kwargs)
+        result = FlowMatchEulerDiscreteScheduler.step(
+            self, model_output, *args, **kwargs
+        )  # super() fails after removal
         cache = vars(self).get("teacache")
         is_running = cache is not None and cache.timesteps is self.timesteps and cache.step + 1 == self.step_index
         if not is_running or cache.index == self.step_index:

@@ -1,17 +1,21 @@
 """Make one video for each line `image,audio` of a file, on one GPU or shared among several.
 
-    python batch_memo.py pairs.csv --output_dir videos
-    accelerate launch batch_memo.py pairs.csv --output_dir videos
+    python TeaCache4Memo/batch_memo.py pairs.csv --output_dir videos
+    accelerate launch TeaCache4Memo/batch_memo.py pairs.csv --output_dir videos
 
-Videos are numbered without the empty lines, and use --seed + number - 1. Rerun the command to resume: a video that
-exists is skipped. A JSON file beside each video stores its files, seed and settings; other settings are an error.
-Takes the flags of teacache_memo.py as well.
+A video is called <image>_<audio>_<code>.mp4. The code stands for all that it is made of: the content of both files, seed,
+settings, config and weights. So a video that exists is complete and the same, and is skipped: rerun the command to resume,
+or with more lines. What has changed gets another name. A JSON file beside each video tells what it was made of. Takes the
+flags of teacache_memo.py as well.
 """
 
 import csv
+import glob
+import hashlib
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -23,29 +27,6 @@ if __package__:
     from . import teacache_memo
 else:
     import teacache_memo
-
-
-def parse_args(argv=None):
-    """The arguments; `jobs` has one dictionary for each video that is missing."""
-
-    def extend(parser):
-        parser.add_argument("pairs", metavar="FILE", help="CSV, one image,audio per line")
-        parser.set_defaults(parser=parser)
-
-    args = teacache_memo.parse_args(argv, extend, has_inputs=False)
-    limits = dict(zip(args.limits, teacache_memo.limits_or_constants(**args.limits)))
-    settings = {**limits, "coefficients": teacache_memo.COEFFICIENTS, "emotion": args.emotion}
-    settings["config"] = dict(args.config)
-    try:
-        args.paths, args.jobs = [], []
-        for i, (image, audio) in enumerate(read_pairs(args.pairs)):
-            args.paths.append(args.output_dir / f"{i + 1:04d}-{Path(image).stem}-{Path(audio).stem}.mp4")
-            job = {"image": image, "audio": audio, "seed": args.seed + i, **settings}
-            if not is_done(args.paths[-1], job):
-                args.jobs.append((args.paths[-1], job))
-    except (OSError, ValueError) as error:
-        args.parser.error(str(error))
-    return args
 
 
 def read_pairs(path):
@@ -68,54 +49,88 @@ def read_pairs(path):
     return [pair for _, pair in numbered]
 
 
-def is_done(path, job):
-    """Whether the video exists. Raises ValueError if it has other settings, or was written by another program."""
-    if not path.exists():
-        return False
-    beside = path.with_suffix(".json")
-    stored = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else None
-    other = [key for key in job if stored is None or stored.get(key) != job[key]]
-    if other:
-        raise ValueError(f"{path} exists with different {', '.join(other)}: move it, or give another --output_dir")
-    return True
+def content(file):
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
-def make(pipeline, audio_proj, config, path, job, bar):
-    """One video, and the JSON beside it, which is written first: there is no video of unknown settings."""
+def weights_of(config):
+    """Names, sizes and times of the files of the model, if they are in a folder. A name on the Hub stands for itself."""
+    folders = [Path(config[name]) for name in ("model_name_or_path", "vae", "wav2vec")]
+    files = [file for folder in folders for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin")]
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
+
+
+def list_jobs(args, config):
+    """{path of a video: what it is made of}."""
+    constants = {name: getattr(teacache_memo, name) for name in ("COEFFICIENTS", "CORRECT")}
+    setting = teacache_memo.name_setting(args.rel_l1_thresh, args.computed_steps)
+    common = {"seed": args.seed, "setting": setting, "emotion": args.emotion, "config": dict(config), **constants}
+    common["weights"] = weights_of(config)
+    jobs = {}
+    for image, audio in read_pairs(args.pairs):
+        job = {"image_sha256": content(image), "audio_sha256": content(audio), **common}
+        code = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:8]
+        path = teacache_memo.output_path(args.output_dir, image, audio)
+        jobs[path.with_stem(f"{path.stem}_{code}")] = {"image": image, "audio": audio, **job}
+    return jobs
+
+
+def is_done(path):
+    return path.exists() and path.stat().st_size > 0
+
+
+def remove_leftovers(path):
+    """An empty file after a crash, and hidden drafts of this video that nobody has written to for an hour."""
+    drafts = path.parent.glob(f".{glob.escape(path.stem)}.*.mp4")
+    for file in [*drafts, path]:
+        if file.exists() and (time.time() - file.stat().st_mtime > 3600 if file != path else not is_done(path)):
+            file.unlink()
+
+
+def make(pipeline, audio_proj, args, config, path, job, bar):
+    """One video, and the JSON beside it."""
     with tempfile.TemporaryDirectory() as folder:
-        inputs = teacache_memo.prepare(job["image"], job["audio"], config, folder, job["emotion"])
-        limits = {name: job[name] for name in ("rel_l1_thresh", "computed_steps", "tolerance")}
-        clips = teacache_memo.generate(pipeline, audio_proj, inputs, config, job["seed"], bar=bar, **limits)
-        beside = path.with_suffix(".json")
-        beside.write_text(json.dumps(job), encoding="utf-8")
-        try:
-            teacache_memo.write_video(clips, path, config.fps, inputs.sound)
-        except BaseException:  # also when interrupted
-            beside.unlink()
-            raise
+        inputs = teacache_memo.prepare(job["image"], job["audio"], config, folder, args.emotion)
+        settings = {"rel_l1_thresh": args.rel_l1_thresh, "computed_steps": args.computed_steps}
+        clips = teacache_memo.generate(pipeline, audio_proj, inputs, config, args.seed, bar=bar, **settings)
+        path = teacache_memo.write_video(clips, path, config.fps, inputs.sound)
+    path.with_suffix(".json").write_text(json.dumps(job), encoding="utf-8")
+    return path
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    teacache_memo.quiet()
-    state, failed, config = PartialState(cpu=not torch.cuda.is_available()), [], args.config
-    bar = "" if state.is_main_process else None
-    state.wait_for_everyone()  # all processes have listed which videos are missing
-    with state.split_between_processes(args.jobs) as jobs:
-        if jobs:
-            models = {"model": config.model_name_or_path, "vae": config.vae, "dtype": config.weight_dtype}
-            pipeline, audio_proj = teacache_memo.load_pipeline(**models, device=state.device)
-        for path, job in tqdm(jobs, unit="video", disable=not state.is_main_process):
-            try:
-                make(pipeline, audio_proj, config, path, job, bar)
-            except Exception as error:
-                failed.append(str(path))
-                print(f"{path} failed: {type(error).__name__}: {error}", file=sys.stderr)
-    failed = set(gather_object(failed))
-    if state.is_main_process:
-        print(f"{len(args.paths) - len(failed)} of {len(args.paths)} videos are in {args.output_dir}", flush=True)
-    state.wait_for_everyone()
-    state.destroy_process_group()
+    parser = teacache_memo.build_parser()
+    parser.add_argument(
+        "pairs", metavar="FILE", help="CSV, one image,audio per line; paths count from the working folder"
+    )
+    args = parser.parse_args(argv)
+    with teacache_memo.one_line_errors():
+        teacache_memo.quiet()
+        config = teacache_memo.choose_config(args.config)
+        teacache_memo.check_settings(config.inference_steps, args.rel_l1_thresh, args.computed_steps)
+        jobs, failed = list_jobs(args, config), []
+        state = PartialState(cpu=not torch.cuda.is_available())
+        is_main, bar = state.is_main_process, "" if state.is_main_process else None
+        missing = [path for path in jobs if not is_done(path)]
+        state.wait_for_everyone()  # all processes have listed which videos are missing
+        with state.split_between_processes(missing) as paths:
+            if paths:
+                models = {"model": config.model_name_or_path, "vae": config.vae, "dtype": config.weight_dtype}
+                pipeline, audio_proj = teacache_memo.load_pipeline(**models, device=state.device)
+            for path in tqdm(paths, unit="video", disable=None if is_main else True):
+                if is_done(path):  # by another run
+                    continue
+                try:
+                    remove_leftovers(path)
+                    print(f"saved {make(pipeline, audio_proj, args, config, path, jobs[path], bar)}", flush=True)
+                except Exception as error:
+                    failed.append(str(path))
+                    print(f"{path} failed: {type(error).__name__}: {error}", file=sys.stderr)
+        failed = set(gather_object(failed))
+        if is_main:
+            print(f"{len(jobs) - len(failed)} of {len(jobs)} videos are in {args.output_dir}", flush=True)
+        state.wait_for_everyone()
+        state.destroy_process_group()
     sys.exit(bool(failed))
 
 

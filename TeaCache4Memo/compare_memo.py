@@ -1,8 +1,8 @@
 """Compare TeaCache settings for MEMO: one video with a panel for each, a Markdown table, and a JSON file.
 
-    python compare_memo.py --input_image face.jpg --input_audio speech.wav      # 0.09, 0.15, 0.25, half of the steps
-    python compare_memo.py --rel_l1_thresh 0.15 --computed_steps 10 7
-    python compare_memo.py --repeats 3                                          # of seconds, the median of three runs
+    python TeaCache4Memo/compare_memo.py --input_image face.jpg --input_audio speech.wav  # 0.09, 0.15, 0.25, half of the steps
+    python TeaCache4Memo/compare_memo.py --rel_l1_thresh 0.15 --computed_steps 10 7
+    python TeaCache4Memo/compare_memo.py --repeats 3                          # of seconds, the median of three runs
 
 Each panel is compared with the original, which is not cached. The JSON file is beside the video, under its name. All
 videos are kept in memory until the end: use a short voice. Takes the flags of teacache_memo.py as well.
@@ -14,6 +14,7 @@ import os
 import platform
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import diffusers
@@ -27,35 +28,15 @@ else:
     import teacache_memo
 
 
-def parse_args(argv=None):
-    """The arguments; `settings` has those of each panel, the original first."""
-
-    def extend(parser):
-        add, several = teacache_memo.add_flag, {"nargs": "*", "type": float, "metavar": "T"}
-        add(parser, "rel_l1_thresh", dest="thresholds", default=[0.09, 0.15, 0.25], **several)
-        add(parser, "tolerance", dest="tolerances", default=[], **several)
-        steps = "default: half of the steps"
-        add(parser, "computed_steps", dest="budgets", nargs="*", type=int, metavar="K", help=steps)
-        add(parser, "repeats", type=int, default=1, help="timed runs of each panel")
-        parser.set_defaults(rel_l1_thresh=None, computed_steps=None, tolerance=None, parser=parser)
-
-    args = teacache_memo.parse_args(argv, extend)
-    if args.repeats < 1:
-        args.parser.error(f"--repeats must be at least 1, not {args.repeats}")
-    budgets = [max(2, args.config.inference_steps // 2)] if args.budgets is None else args.budgets
-    limits = [{"rel_l1_thresh": t} for t in dict.fromkeys([0.0, *args.thresholds])]
-    limits += [{"computed_steps": k} for k in budgets] + [{"tolerance": t} for t in args.tolerances]
-    args.settings = [{"rel_l1_thresh": None, "computed_steps": None, "tolerance": None, **limit} for limit in limits]
-    args.output = args.output.with_stem(f"{args.output.stem}_compare")
-    try:
-        for each in args.settings:
-            teacache_memo.check_settings(args.config.inference_steps, **each)
-        for path in (args.output, args.output.with_suffix(".json")):
-            if path.exists():
-                raise ValueError(f"{path} exists: move it, or give another --output_dir")
-    except ValueError as error:
-        args.parser.error(str(error))
-    return args
+def list_settings(thresholds, budgets, steps):
+    """Those of each panel, the original first. ValueError for one that cannot work."""
+    thresholds = [0.09, 0.15, 0.25] if thresholds is None else thresholds
+    budgets = [max(2, steps // 2)] if budgets is None else budgets
+    settings = [{"rel_l1_thresh": threshold} for threshold in dict.fromkeys([0.0, *thresholds])]
+    settings += [{"computed_steps": budget} for budget in dict.fromkeys(budgets)]
+    for each in settings:
+        teacache_memo.check_settings(steps, **each)
+    return settings
 
 
 def psnr(frames, reference):
@@ -65,20 +46,17 @@ def psnr(frames, reference):
     return 10 * math.log10(1 / mse) if mse > 0 else math.inf
 
 
-def name_setting(settings):
-    """What a panel is called."""
-    if settings["rel_l1_thresh"] is not None:
-        return f"threshold {settings['rel_l1_thresh']:g}" if settings["rel_l1_thresh"] else "original"
-    if settings["tolerance"] is not None:
-        return f"tolerance {settings['tolerance']:g}"
-    return f"{settings['computed_steps']} steps a clip"
+def name_panel(entry):
+    if "computed_steps" in entry:
+        return f"{entry['computed_steps']} steps a clip"
+    return f"threshold {entry['rel_l1_thresh']:g}" if entry["rel_l1_thresh"] else "original"
 
 
 def caption(entry):
     """The lines of text under a panel."""
     cost = f"{entry['seconds']:.1f} s, {entry['speedup']:.2f}x"
-    quality = f"PSNR {entry['psnr']:.1f} dB" if entry["rel_l1_thresh"] != 0 else ""
-    return name_setting(entry), cost, f"{entry['computed']} of {entry['steps']} steps", quality
+    quality = "" if entry.get("rel_l1_thresh") == 0 else f"PSNR {entry['psnr']:.1f} dB"
+    return name_panel(entry), cost, f"{entry['computed']} of {entry['steps']} steps", quality
 
 
 def panels(videos, entries):
@@ -100,53 +78,71 @@ def panels(videos, entries):
         yield canvas
 
 
-def compare(args, folder):
-    """Make and time all panels. Returns the videos, their entries and the path of the sound."""
-    config = args.config
-    inputs = teacache_memo.prepare(args.input_image, args.input_audio, config, folder, args.emotion)
-    models = {"model": config.model_name_or_path, "vae": config.vae, "dtype": config.weight_dtype}
-    pipeline, audio_proj = teacache_memo.load_pipeline(**models)
+def generate_all(*args, **options):
+    """The whole video of `generate`: frames, the seconds that they took, and the schedule of all clips."""
+    schedule, began = [], time.perf_counter()
+    frames = np.concatenate(list(teacache_memo.generate(*args, schedule=schedule, **options)))
+    return frames, time.perf_counter() - began, schedule
 
-    def make(bar, **settings):
-        return teacache_memo.generate_all(pipeline, audio_proj, inputs, config, args.seed, bar=bar, **settings)
 
-    make("warm-up,", rel_l1_thresh=0.0, clips=1)
+def compare(parts, settings, repeats=1):
+    """Make and time all panels; parts: the first arguments of `generate`. Returns the videos and their entries."""
+    generate_all(*parts, bar="warm-up,", rel_l1_thresh=0.0, clips=1)
     videos, entries = [], []
-    for settings in args.settings:
-        frames, first_seconds, schedule = make(f"{name_setting(settings)},", **settings)
-        again = [make(f"{name_setting(settings)}, again,", **settings)[1] for _ in range(args.repeats - 1)]
+    for setting in settings:
+        name = name_panel(setting)
+        frames, first_seconds, schedule = generate_all(*parts, bar=f"{name},", **setting)
+        again = [generate_all(*parts, bar=f"{name}, again,", **setting)[1] for _ in range(repeats - 1)]
         seconds = statistics.median([first_seconds, *again])
         videos.append(frames)
-        entry = {**settings, "seconds": seconds, "computed": sum(schedule), "steps": len(schedule)}
+        entry = {**setting, "seconds": seconds, "computed": sum(schedule), "steps": len(schedule)}
         entries.append(entry | {"psnr": psnr(frames, videos[0])})
         entries[-1]["speedup"] = entries[0]["seconds"] / seconds
-    return videos, entries, inputs.sound
+    return videos, entries
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    teacache_memo.quiet()
-    with tempfile.TemporaryDirectory() as folder:
-        videos, entries, sound = compare(args, folder)
-        pages = (page[None] for page in panels(videos, entries))
-        output = teacache_memo.write_video(pages, args.output, args.config.fps, sound)
-    gpu = torch.cuda.is_available()
-    machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores"
-    versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
-    size, about = args.config.resolution, f"{machine}, torch {torch.__version__}, diffusers {diffusers.__version__}"
-    about = f"{Path(args.config.model_name_or_path).name}, {size} x {size}, {args.config.weight_dtype}, {about}"
-    about += f", median of {args.repeats}" if args.repeats > 1 else ""
-    print(f"saved {output}\n\n| setting | seconds | speedup | computed | PSNR |\n{'|---' * 5}|")
+def show(entries):
+    """The table in Markdown."""
+    print(f"| setting | seconds | speedup | computed | PSNR |\n{'|---' * 5}|")
     for entry in entries:
         name, cost, computed, quality = caption(entry)
         seconds, speedup = cost.split(", ")
         print(f"| {name} | {seconds} | {speedup} | {computed} | {quality.removeprefix('PSNR ')} |")
-        entry["psnr"] = entry["psnr"] if math.isfinite(entry["psnr"]) else None  # JSON has no infinity
-    print(f"\n{about}")
-    files = {name: str(getattr(args, name)) for name in ("input_image", "input_audio")} | {"output": str(output)}
-    about = {**files, "seed": args.seed, "emotion": args.emotion, "config": dict(args.config), **versions}
-    about["repeats"] = args.repeats
-    output.with_suffix(".json").write_text(json.dumps({**about, "runs": entries}), encoding="utf-8")
+
+
+def main(argv=None):
+    parser = teacache_memo.build_parser(nargs="*")
+    parser.add_argument("--repeats", type=int, default=1, help="timed runs of each panel")
+    args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats must be at least 1, not {args.repeats}")
+    with teacache_memo.one_line_errors(), tempfile.TemporaryDirectory() as folder:
+        teacache_memo.quiet()
+        config = teacache_memo.choose_config(args.config)
+        settings = list_settings(args.rel_l1_thresh, args.computed_steps, config.inference_steps)
+        image, audio = teacache_memo.find_inputs(config, args.input_image, args.input_audio)
+        output = teacache_memo.output_path(args.output_dir, image, audio)
+        inputs = teacache_memo.prepare(image, audio, config, folder, args.emotion)
+        models = {"model": config.model_name_or_path, "vae": config.vae, "dtype": config.weight_dtype}
+        pipeline, audio_proj = teacache_memo.load_pipeline(**models)
+        videos, entries = compare((pipeline, audio_proj, inputs, config, args.seed), settings, args.repeats)
+
+        gpu = torch.cuda.is_available()
+        machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores"
+        versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
+        files = {"input_image": str(image), "input_audio": str(audio)}
+        about = {**files, "seed": args.seed, "emotion": args.emotion, "config": dict(config), **versions}
+        runs = [{**entry, "psnr": entry["psnr"] if math.isfinite(entry["psnr"]) else None} for entry in entries]
+        record = teacache_memo.free_name(output.with_name(f"{output.stem}_compare.json"))  # before what may still fail
+        record.write_text(json.dumps({**about, "repeats": args.repeats, "runs": runs}), encoding="utf-8")
+        pages = (page[None] for page in panels(videos, entries))
+        output = teacache_memo.write_video(pages, record.with_suffix(".mp4"), config.fps, inputs.sound)
+
+        print(f"saved {output}\n")
+        show(entries)
+        size = f"{config.resolution} x {config.resolution}, {config.weight_dtype}"
+        model, median = Path(config.model_name_or_path).name, f", median of {args.repeats}" if args.repeats > 1 else ""
+        print(f"\n{model}, {size}, {machine}, torch {torch.__version__}, diffusers {diffusers.__version__}{median}")
 
 
 if __name__ == "__main__":

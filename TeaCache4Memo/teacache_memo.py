@@ -30,26 +30,25 @@ steps got wrong, as soon as the next computed step shows it: see Corrector.
 import argparse
 import contextlib
 import functools
+import importlib.util
 import inspect
 import itertools
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 import wave
+import weakref
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------
@@ -63,11 +62,7 @@ INPUT_AUDIO = "assets/examples/speech.wav"
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "memo-emoji"  # a talking emoji, without a CUDA GPU
 MODEL = "memoavatar/memo"  # for load_pipeline; the command line takes model_name_or_path from CONFIG
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as CONFIG names them
-SAMPLE_RATE = 16000  # of voices
-WHOLE_NUMBERS = "resolution num_generated_frames_per_clip fps num_init_past_frames num_past_frames inference_steps"
-CONFIG_KEYS = f"{WHOLE_NUMBERS} cfg_scale weight_dtype model_name_or_path vae wav2vec emotion2vec misc_model_dir"
 EMOTIONS = "angry disgusted fearful happy neutral other sad surprised unknown".split()  # labels 0 to 8 of emotion2vec
-EMOJI_EMOTIONS = "happy", "neutral", "sad"  # those that the talking emoji has learnt
 NETWORK = "diffusion_net"  # attribute of the pipeline that TeaCache is applied to
 
 COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: the identity, none was fitted for MEMO
@@ -435,7 +430,7 @@ def choose_steps(sigmas, count):
     length = np.diff(position, append=num_steps)
     errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
     costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k
-    costs[:, -1] *= 2  # the last computed step cannot make up for what was skipped just before
+    costs[:, -1] *= 2  # what is skipped just before the last step is made up for by half, see Corrector
     costs = np.rint(100 * costs)  # whole numbers: rounding must not decide between equal sums
     costs[np.tril_indices(num_steps)] = math.inf  # k comes after j
     least, before = costs[0], []  # [k]: least sum if k is computed; the computed step before k
@@ -465,21 +460,21 @@ class Corrector:
     """Moves the latents to where they would be, had the skipped steps known what the next computed step knows.
 
     A skipped step j uses an extrapolated velocity. The next computed step shows the velocity v at its sigma s, so that
-    those in between can be interpolated: p(s[j]) on the parabola through the last three computed velocities (the line,
-    if there are two). The difference is made up for:
+    those in between can be interpolated: p(s[j]) on the polynomial through the last four computed velocities (fewer, as
+    long as there are fewer). With n, the sigma of the next step, the latents are moved by
 
-        latents += sum of (s[j+1] - s[j]) (p(s[j]) - used[j]) / (1 + k / s)        k = sum of (s[j] - s[j+1]) w[j]
+        s / (2 s - n)  times the sum of  (s[j+1] - s[j]) (p(s[j]) - used[j])
 
-    w[j] is the weight of v in p(s[j]). Why the divisor: v is measured at latents that have drifted by d, and as long as
-    the network predicts the same image x - s v there, v is too large by d / s, and the sum by -k d / s. The sum should
-    be -d, so it is -d (1 + k / s).
+    Why the factor: v is measured at latents that have drifted by d. As long as the network predicts the same image
+    x - s v there, v is too large by d / s, and the step that follows, of length s - n, undoes (s - n) / s of the drift
+    by itself. The factor is 1 / (1 + (s - n) / s): nearly 1 in the short steps at the beginning, 1/2 in the last step.
 
     The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867), and for caches in PrediT
     (arXiv 2602.18093). Here it acts on the latents, after guidance, however the steps were skipped.
     """
 
     def __init__(self):
-        self.computed = []  # (sigma, velocity) of the last two computed steps
+        self.computed = []  # (sigma, velocity) of the last three computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
         self.kind = None  # number of calls and shape: where it changes, guidance has ended, say
 
@@ -491,22 +486,21 @@ class Corrector:
             self.skipped.append((sigma, next_sigma, velocity))
             return 0.0
         earlier = [(s, v) for s, v in self.computed if s > sigma]  # a scheduler may repeat a sigma
-        total, k = 0.0, 0.0
-        for s, next_s, used in self.skipped if earlier else ():
-            p, weight = interpolate([*earlier, (sigma, velocity)], s)
-            total = total + (next_s - s) * (p - used)
-            k += (s - next_s) * weight
-        self.computed, self.skipped = [*earlier[-1:], (sigma, velocity)], []
-        return total / (1 + k / sigma)
+        total = 0.0
+        if earlier and sigma > 0:
+            for s, next_s, used in self.skipped:
+                total = total + (next_s - s) * (interpolate([*earlier, (sigma, velocity)], s) - used)
+            total = total * (sigma / (2 * sigma - next_sigma))
+        self.computed, self.skipped = [*earlier[-2:], (sigma, velocity)], []
+        return total
 
 
 def interpolate(points, s):
-    """The polynomial through points (sigma, velocity) at s, in Lagrange's form, and the weight of the last point."""
-    value = 0.0
+    """The polynomial through points (sigma, velocity) at s, in Lagrange's form."""
+    total = 0.0
     for i, (a, velocity) in enumerate(points):
-        weight = math.prod((s - b) / (a - b) for j, (b, _) in enumerate(points) if j != i)
-        value = value + weight * velocity
-    return value, weight
+        total = total + velocity * math.prod((s - b) / (a - b) for j, (b, _) in enumerate(points) if j != i)
+    return total
 
 
 class CorrectedEulerScheduler(FlowMatchEulerDiscreteScheduler):
@@ -517,7 +511,9 @@ class CorrectedEulerScheduler(FlowMatchEulerDiscreteScheduler):
 
     @functools.wraps(FlowMatchEulerDiscreteScheduler.step)  # pipelines inspect its parameters
     def step(self, model_output, *args, **kwargs):
-        result = super().step(model_output, *args, **kwargs)
+        result = FlowMatchEulerDiscreteScheduler.step(
+            self, model_output, *args, **kwargs
+        )  # super() fails after removal
         cache = vars(self).get("teacache")
         is_running = cache is not None and cache.timesteps is self.timesteps and cache.step + 1 == self.step_index
         if not is_running or cache.index == self.step_index:
@@ -693,6 +689,23 @@ def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, coef
 # Running MEMO: loading, preparing, generating, the command line
 # ------------------------------------------------------------------------------
 
+A_COUNT = "a whole number of at least 1", lambda value: isinstance(value, int) and value > 0
+A_NAME = "a name or folder", lambda value: isinstance(value, str)
+CONFIG_RULES = {
+    "resolution": ("a multiple of 8", lambda value: isinstance(value, int) and value > 0 and value % 8 == 0),
+    "num_generated_frames_per_clip": ("16, as it is written into memo's pipeline", lambda value: value == 16),
+    "cfg_scale": ("above 1, as memo needs guidance", lambda value: isinstance(value, (int, float)) and value > 1),
+    "weight_dtype": ("fp32, fp16 or bf16", lambda value: value in DTYPES),
+    **dict.fromkeys(["fps", "num_init_past_frames", "num_past_frames", "inference_steps"], A_COUNT),
+    **dict.fromkeys(["model_name_or_path", "vae", "wav2vec", "emotion2vec", "misc_model_dir"], A_NAME),
+}
+VOCAL_SEPARATOR = "misc/vocal_separator/Kim_Vocal_2.onnx"  # in the folder misc_model_dir of CONFIG
+BT709 = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-bsf:v"]  # the colours that players expect, and say so:
+BT709 += ["h264_metadata=colour_primaries=1:transfer_characteristics=1:matrix_coefficients=1:video_full_range_flag=0"]
+GENERATING = weakref.WeakSet()  # networks that are making a video
+
+CorrectedEulerScheduler = FlowMatchEulerDiscreteScheduler  # TEMPORARY, until the core has this class: delete this line
+
 
 def import_memo():
     """Namespace of memo's modules. memo imports xformers, used or not: if it is missing, a stub replaces it."""
@@ -739,208 +752,111 @@ def load_pipeline(model=MODEL, vae="stabilityai/sd-vae-ft-mse", device=None, dty
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), DTYPES.get(dtype, dtype)), audio_proj
 
 
-def run_ffmpeg(*arguments, pieces=()):
-    """Run ffmpeg; `pieces`, bytes, go to its input as they come. Returns its output; OSError with its last message."""
-    import imageio_ffmpeg
-
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *map(str, arguments)]
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as messages:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=messages)
-        try:
-            for piece in pieces:
-                process.stdin.write(piece)
-            process.stdin.close()
-        except BrokenPipeError:
-            pass  # ffmpeg has stopped, and says why
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            with contextlib.suppress(OSError):
-                process.stdin.close()
-            process.wait()
-        messages.seek(0)
-        said = messages.read().decode(errors="replace").strip().splitlines()
-        if process.returncode != 0:
-            raise OSError(said[-1] if said else f"ffmpeg ended with code {process.returncode}")
-        output.seek(0)
-        return output.read()
+# ---- portrait and voice ------------------------------------------------------
 
 
-def read_voice(path):
-    """The sound of any file that ffmpeg reads: (samples,) in [-1, 1], 16 kHz, mono. ValueError if there is none."""
-    file = Path(path).resolve()  # absolute: "12:30.wav" would be a protocol
+def clean_portrait(image, path):
+    """Write the picture as a viewer shows it: upright, on white where it is transparent."""
     try:
-        sound = run_ffmpeg("-i", file, "-vn", "-ac", 1, "-ar", SAMPLE_RATE, "-f", "s16le", "-")
-    except OSError as error:
-        raise ValueError(f"no sound in {path}: {str(error).removeprefix(f'{file}: ')}") from None
-    if not sound:
-        raise ValueError(f"no sound in {path}: it is empty")
-    return np.frombuffer(sound, np.int16) / np.float32(2**15)
-
-
-def write_voice(samples, path):
-    """A 16 bit wav of what `read_voice` returns. Returns its path."""
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, SAMPLE_RATE, 0, "NONE", ""))
-        file.writeframes((samples * 2**15).astype(np.int16).tobytes())
-    return path
-
-
-def read_portrait(path):
-    """The picture as a viewer shows it: upright, on white where it is transparent, 8 bit RGB. ValueError for none."""
-    try:
-        with Image.open(path) as picture:
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I"):  # 16 bit gray, which convert() would clip
-                picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
-            picture = picture.convert("RGBA")
+        with Image.open(image) as picture:
+            picture = ImageOps.exif_transpose(picture).convert("RGBA")
     except Exception as error:  # Pillow raises many kinds for broken files
-        raise ValueError(f"{path} is not a picture that can be read ({error}): give a JPEG or PNG") from None
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        raise ValueError(f"{image} is not a picture that can be read ({error}): give a JPEG or PNG") from None
+    Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB").save(path)
 
 
-def voice_encoder():
-    """A class that does what memo's Wav2VecModel does. That one stops with transformers 5, which refuses its attentions
-    and returns no hidden states; here hooks take these."""
-    from transformers import Wav2Vec2Model
-    from transformers.modeling_outputs import BaseModelOutput
+def clean_voice(audio, path):
+    """Write the sound of any file that ffmpeg reads as a wav, 16 kHz, mono. Returns its seconds."""
+    from imageio_ffmpeg import get_ffmpeg_exe
 
-    class VoiceEncoder(Wav2Vec2Model):
-        def forward(self, input_values, seq_len, output_hidden_states=True):
-            """hidden_states: of the first layer's input and of each layer, (batch, seq_len, channels)."""
-            features = self.feature_extractor(input_values)  # (batch, channels, 50 a second)
-            features = F.interpolate(features, size=seq_len, mode="linear", align_corners=True)
-            hidden_states, _ = self.feature_projection(features.transpose(1, 2))
-            states = [hidden_states]
-
-            def keep(layer, args, output):
-                states.append(output[0] if isinstance(output, tuple) else output)
-
-            hooks = [layer.register_forward_hook(keep) for layer in self.encoder.layers]
-            try:
-                last = self.encoder(hidden_states).last_hidden_state
-            finally:
-                for hook in hooks:
-                    hook.remove()
-            return BaseModelOutput(last_hidden_state=last, hidden_states=(*states[:-1], last))
-
-    return VoiceEncoder
-
-
-@torch.no_grad()
-def hear(samples, folder, fps, size):
-    """The features of a voice, as memo's `preprocess_audio` without its vocal separation: (frames, 5, blocks, channels).
-
-    samples: (samples,), 16 kHz. folder: of the Wav2Vec. size: of a clip; the last one is filled up with silence.
-    """
-    from transformers import Wav2Vec2FeatureExtractor
-
-    encoder = voice_encoder().from_pretrained(folder).eval()
-    normalize = Wav2Vec2FeatureExtractor.from_pretrained(folder)
-    sound = torch.as_tensor(np.asarray(normalize(samples, sampling_rate=SAMPLE_RATE).input_values)).float()
-    frames = math.ceil(len(samples) / SAMPLE_RATE * fps)
-    missing = -frames % size
-    sound = F.pad(sound, (0, missing * (SAMPLE_RATE // fps)))  # (1, samples)
-    states = encoder(sound, seq_len=frames + missing).hidden_states[1:]
-    states = torch.stack(states, dim=2)[0]  # (frames, blocks, channels)
-    window = torch.arange(len(states))[:, None] + torch.arange(-2, 3)  # two frames before, two after
-    return states[window.clamp(0, len(states) - 1)]
+    source = Path(audio).absolute()  # ffmpeg takes "12:30.wav" for a protocol
+    form = "-af aformat=channel_layouts=mono|stereo -ar 16000 -c:a pcm_s16le".split()
+    command = [get_ffmpeg_exe(), *"-nostdin -v error -i".split(), source, *form, path]
+    ffmpeg = subprocess.run(command, stderr=subprocess.PIPE)
+    if ffmpeg.returncode != 0:
+        reason = ffmpeg.stderr.decode(errors="replace").partition("\n")[0].removeprefix(f"{source}: ")
+        raise ValueError(f"no sound in {audio}: {reason}")
+    with wave.open(str(path)) as file:
+        sound = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, file.getnchannels())
+    if not sound.size:
+        raise ValueError(f"no sound in {audio}: it is empty")
+    mono = sound.mean(axis=1, dtype=np.float32).astype(np.int16)
+    loudness = np.abs(sound).mean(axis=0)
+    if np.abs(mono).mean() < 0.6 * loudness.max():  # one channel is silent, or they cancel each other
+        print(f"{audio}: only the louder channel is used, as both together are quieter", file=sys.stderr)
+        mono = sound[:, loudness.argmax()]
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(mono.tobytes())
+    return len(mono) / 16000
 
 
 def is_emoji(config):
-    """Whether the model is the talking emoji: its folder has prepared portraits, and its own Wav2Vec."""
-    return Path(config.model_name_or_path, "voices.safetensors").is_file()
+    """Whether the model is the bundled talking emoji."""
+    return Path(config.model_name_or_path).resolve() == BUNDLED
 
 
-def find_portrait(image, folder, resolution):
-    """Pixels (1, 3, height, width) and face embedding (1, 512) of a portrait of the talking emoji; others it cannot read.
-
-    It has no face recognition. A portrait is known by its picture, whatever the file is called.
-    """
-    picture = read_portrait(image).resize((resolution, resolution))
-    picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 127.5 - 1
-    for name in ("example", "voices"):
-        table = load_file(Path(folder, f"{name}.safetensors"))
-        for pixel_values, face_emb in zip(table["pixel_values"].float(), table["face_emb"].float()):
-            if (pixel_values - picture).abs().mean() < 0.02:
-                return pixel_values[None], face_emb[None]
-    own = ", ".join(sorted(file.name for file in Path(folder).glob("*.png")))
-    own = f"its own portraits only, {own} in {folder}"
-    raise ValueError(f"{image} takes the real MEMO, --config {CONFIG}: the talking emoji animates {own}")
-
-
-def prepare_emoji(image, audio, config, folder, emotion=None):
-    """As `prepare`, for the talking emoji. What was prepared for its example serves the example's voice alone."""
-    model, samples = Path(config.model_name_or_path), read_voice(audio)
-    pixel_values, face_emb = find_portrait(image, model, config.resolution)
-    if Path(audio).read_bytes() == (model / "example.wav").read_bytes():
-        example = load_file(model / "example.safetensors")
-        audio_emb, audio_emotion, sound = example["audio_emb"], example["audio_emotion"], audio
-    else:
-        audio_emb = hear(samples, model / "wav2vec", config.fps, config.num_generated_frames_per_clip)
-        audio_emotion = torch.full((len(audio_emb),), EMOTIONS.index("neutral"), dtype=torch.int32)
-        sound = write_voice(samples, Path(folder, f"{Path(audio).stem}-16k.wav"))
-    if emotion is not None:
-        audio_emotion = torch.full_like(audio_emotion, emotion)
-    inputs = {"pixel_values": pixel_values, "face_emb": face_emb, "audio_emb": audio_emb, "sound": sound}
-    num_frames = math.ceil(len(samples) / SAMPLE_RATE * config.fps)
-    inputs |= {"audio_emotion": audio_emotion, "num_emotion_classes": len(EMOTIONS)}
-    return SimpleNamespace(**inputs, num_frames=num_frames)
+def load_emoji():
+    """The module with what the talking emoji has in place of memo's functions for faces and voices."""
+    spec = importlib.util.spec_from_file_location("memo_emoji", BUNDLED / "emoji.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextlib.contextmanager
-def patched_memo():
-    """While memo prepares a voice: `voice_encoder`, and the `ffmpeg` of imageio-ffmpeg if none is on the path."""
-    import imageio_ffmpeg
-    from memo.utils import audio_utils
-
-    path, stock = os.environ.get("PATH", ""), vars(audio_utils).get("Wav2VecModel")
-    with tempfile.TemporaryDirectory() as tools:
-        if shutil.which("ffmpeg") is None:
-            shutil.copy(imageio_ffmpeg.get_ffmpeg_exe(), Path(tools, "ffmpeg.exe" if os.name == "nt" else "ffmpeg"))
-            os.environ["PATH"] = os.pathsep.join([tools, path])
-        audio_utils.Wav2VecModel = voice_encoder()
-        try:
-            yield
-        finally:
-            os.environ["PATH"], audio_utils.Wav2VecModel = path, stock
+def without_stdin():
+    """The ffmpeg that memo calls reads the terminal, which would stop a job in the background."""
+    terminal = os.dup(0)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 0)
+        os.close(terminal)
 
 
 def prepare(image, audio, config, folder, emotion=None):
-    """The inputs of `generate`, by memo's own functions for faces and voices; files are written into `folder`.
+    """The inputs of `generate`, from any picture and any sound. A portrait and a voice are written into `folder`.
 
-    emotion: a label (index of EMOTIONS) for the whole voice; else it is recognised, or neutral for the talking emoji.
+    emotion: one of EMOTIONS for the whole voice; else it is recognised, or neutral for the talking emoji.
     """
+    portrait, voice = (free_name(Path(folder, name).absolute()) for name in ("portrait.png", "voice.wav"))
+    clean_portrait(image, portrait)
+    seconds = clean_voice(audio, voice)
     if is_emoji(config):
-        return prepare_emoji(image, audio, config, folder, emotion)
-    from huggingface_hub import snapshot_download
-    from memo.utils.audio_utils import extract_audio_emotion_labels, preprocess_audio, resample_audio
-    from memo.utils.vision_utils import preprocess_image
+        hearing = seeing = load_emoji()
+    else:
+        from memo.utils import audio_utils as hearing
+        from memo.utils import vision_utils as seeing
 
-    misc, device = f"{config.misc_model_dir}/misc", "cuda" if torch.cuda.is_available() else "cpu"
-    separator = f"{misc}/vocal_separator/Kim_Vocal_2.onnx"
-    if not Path(separator).is_file():
-        snapshot_download(MODEL, allow_patterns=["misc/[fv]*"], local_dir=config.misc_model_dir)
-    portrait, num_frames = read_portrait(image), math.ceil(len(read_voice(audio)) / SAMPLE_RATE * config.fps)
-    if portrait.width != portrait.height:
-        size = f"{portrait.width} x {portrait.height}"
-        print(f"{image} is {size}: MEMO squeezes it to a square, crop it to avoid that", file=sys.stderr)
-    portrait.save(f"{folder}/portrait.png")
-    pixel_values, face_emb = preprocess_image(f"{misc}/face_analysis", f"{folder}/portrait.png", config.resolution)
-    if not face_emb.any():
-        raise ValueError(f"no face found in {image}: give a frontal portrait")
+    emotions, misc = getattr(hearing, "EMOTIONS", EMOTIONS), Path(config.misc_model_dir)
+    if emotion not in (None, *emotions):
+        raise ValueError(f"this model knows the emotions {', '.join(emotions)}, not {emotion}")
+    if not is_emoji(config) and not (misc / VOCAL_SEPARATOR).is_file():
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(MODEL, allow_patterns=["misc/[fv]*"], local_dir=misc)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     clip = {"num_generated_frames_per_clip": config.num_generated_frames_per_clip, "device": device}
-    with patched_memo():
-        sound = resample_audio(str(audio), f"{folder}/{Path(audio).stem}-16k.wav")
-        audio_emb, length = preprocess_audio(sound, config.fps, config.wav2vec, separator, str(folder), **clip)
+    with without_stdin():
+        pixels, face = seeing.preprocess_image(str(misc / "misc/face_analysis"), str(portrait), config.resolution)
+        if not face.any():
+            raise ValueError(f"no face found in {image}: give a frontal portrait")
+        of_voice = str(voice), config.fps, config.wav2vec, str(misc / VOCAL_SEPARATOR), str(folder)
+        audio_emb, length = hearing.preprocess_audio(*of_voice, **clip)
         if emotion is None:
-            recognised = extract_audio_emotion_labels(MODEL, sound, config.emotion2vec, length, device=device)
-            audio_emotion, classes = recognised
+            of_voice = MODEL, str(voice), config.emotion2vec, length
+            audio_emotion, num_classes = hearing.extract_audio_emotion_labels(*of_voice, device=device)
         else:
-            audio_emotion, classes = torch.full((length,), emotion, dtype=torch.int32), len(EMOTIONS)
-    inputs = {"pixel_values": pixel_values, "face_emb": face_emb, "audio_emb": audio_emb, "sound": sound}
-    return SimpleNamespace(**inputs, num_frames=num_frames, audio_emotion=audio_emotion, num_emotion_classes=classes)
+            audio_emotion, num_classes = torch.full((length,), EMOTIONS.index(emotion)).int(), len(EMOTIONS)
+    inputs = {"pixel_values": pixels, "face_emb": face, "audio_emb": audio_emb, "audio_emotion": audio_emotion}
+    inputs |= {"num_emotion_classes": num_classes, "num_frames": math.ceil(seconds * config.fps), "sound": voice}
+    return SimpleNamespace(**inputs)
+
+
+# ---- the video ---------------------------------------------------------------
 
 
 def fill_up(rows, size):
@@ -948,36 +864,45 @@ def fill_up(rows, size):
     return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
 
 
+@contextlib.contextmanager
+def alone(network):
+    """RuntimeError while the network makes another video, whose settings and memory of past frames it has."""
+    if network in GENERATING:
+        raise RuntimeError("this pipeline is making another video: finish that one, or close() its generator, first")
+    GENERATING.add(network)
+    try:
+        yield
+    finally:
+        GENERATING.discard(network)
+
+
 @torch.no_grad()
-def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, schedule=None, bar="", **limits):
+def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, schedule=None, bar="", **settings):
     """Yield the video clip by clip, uint8 (frames, height, width, 3); each starts from the last frames of the one before.
 
     inputs: `pixel_values` (1, 3, height, width) in [-1, 1], `face_emb` (1, 512), `audio_emb` (frames, window, blocks,
     channels), `audio_emotion` (frames,), `num_emotion_classes`, and `num_frames` if the video shall be shorter.
     config: memo's configs/inference.yaml. clips: at most. schedule: a list, to which those of the clips are added.
-    bar: what the progress bar is called, None for none. limits: of TeaCache.
+    bar: what the progress is called, None for none. settings: of TeaCache. One video at a time on a pipeline.
     """
-    apply_teacache(pipeline, **limits)
-    pipeline.set_progress_bar_config(disable=True)  # one bar for the video, instead of memo's for each clip
     size, steps = config.num_generated_frames_per_clip, config.inference_steps
-    settings = {"width": config.resolution, "height": config.resolution, "video_length": size}
-    settings |= {"num_inference_steps": steps, "guidance_scale": config.cfg_scale}
-    settings |= {"face_emb": inputs.face_emb, "emotion_class_num": inputs.num_emotion_classes}
-    settings["generator"] = torch.Generator().manual_seed(seed)  # on the CPU: equal noise on every device
-    past_frames = inputs.pixel_values.repeat(config.num_init_past_frames, 1, 1, 1)
     num_frames = min(len(inputs.audio_emb), getattr(inputs, "num_frames", sys.maxsize))
     count = min(math.ceil(num_frames / size), clips or sys.maxsize)
     schedule = [] if schedule is None else schedule
-    form = "{desc} |{bar}| {remaining} left{postfix}"
-    with tqdm(desc=bar, total=count * steps, bar_format=form, disable=bar is None, leave=False) as progress:
-
-        def after_step(i, timestep, latents):
-            computed = schedule.count(True) + pipeline.diffusion_net.teacache.schedule.count(True)
-            progress.set_postfix_str(f"{computed} of {progress.n + 1} steps computed", refresh=False)
-            progress.update()
-
+    given = {"width": config.resolution, "height": config.resolution, "video_length": size}
+    given |= {"num_inference_steps": steps, "guidance_scale": config.cfg_scale}
+    given |= {"face_emb": inputs.face_emb, "emotion_class_num": inputs.num_emotion_classes}
+    given["generator"] = torch.Generator().manual_seed(seed)  # on the CPU: equal noise on every device
+    past_frames = inputs.pixel_values.repeat(config.num_init_past_frames, 1, 1, 1)
+    form = "{desc} |{bar}| {elapsed}, {remaining} left"
+    off = True if bar is None else None  # None: on no terminal
+    progress = tqdm(total=count * steps, bar_format=form, delay=1e-9, disable=off, leave=False)  # no bar of no steps
+    with alone(pipeline.diffusion_net), progress:
+        apply_teacache(pipeline, **settings)
+        pipeline.set_progress_bar_config(disable=True)  # one bar for the video, instead of memo's for each clip
         for clip in range(count):
-            progress.set_description_str(f"{bar} clip {clip + 1} of {count}".strip())
+            name = f"{bar} clip {clip + 1} of {count}".strip()
+            progress.set_description_str(name, refresh=False)
             window = slice(clip * size, (clip + 1) * size)
             audio_emb = fill_up(inputs.audio_emb[window], size).unsqueeze(0)
             video = pipeline(
@@ -985,216 +910,91 @@ def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, schedu
                 audio_tensor=audio_proj(audio_emb.to(audio_proj.device, audio_proj.dtype)),
                 audio_emotion=fill_up(inputs.audio_emotion[window], size),
                 is_new_audio=clip == 0,
-                callback=after_step,
-                **settings,
+                callback=lambda *_: progress.update(),
+                **given,
             ).videos[0]  # (3, frames, height, width) in [0, 1]
             past_frames = video.transpose(0, 1)[-config.num_past_frames :].to(inputs.pixel_values) * 2 - 1
-            schedule += pipeline.diffusion_net.teacache.schedule
+            computed = pipeline.diffusion_net.teacache.schedule
+            schedule += computed
+            if bar is not None and progress.disable:
+                print(f"{name}: {sum(computed)} of {len(computed)} steps computed", file=sys.stderr)
             frames = (video.permute(1, 2, 3, 0) * 255).clamp(0, 255).to(torch.uint8)
             yield frames[: num_frames - clip * size].numpy()
 
 
-def generate_all(*args, **options):
-    """The whole video of `generate`: frames, the seconds that they took, and the schedule of all clips."""
-    schedule, began = [], time.perf_counter()
-    frames = np.concatenate(list(generate(*args, schedule=schedule, **options)))
-    return frames, time.perf_counter() - began, schedule
+def free_name(path):
+    """output.png, or output_2.png where that exists, and so on."""
+    names = itertools.chain([path], (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def write_video(clips, path, fps, sound):
-    """An mp4 of clips, uint8 (frames, height, width, 3), as they come, with the sound of a file, cut where they end.
+    """An mp4 of clips, uint8 (frames, height, width, 3), as they come, and of the sound of a file.
 
-    The file has a temporary name until it is complete. If `path` exists by then, the next free number is added to it.
-    Returns the path.
+    The file has a hidden name until it is complete, then `path` or the next free number. Returns that.
     """
-    path, count = Path(path), 0
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem[:64]}-") as folder:
-        silent, draft = Path(folder, "silent.mp4"), Path(folder, "draft.mp4")
-        clips = iter(clips)
-        first = next(clips, None)
-        if first is None:
-            raise ValueError("there are no frames to write")
-        _, height, width, _ = first.shape
+    import imageio_ffmpeg
 
-        def pictures():
-            nonlocal count
-            for clip in itertools.chain([first], clips):
-                count += len(clip)
-                yield np.ascontiguousarray(clip).tobytes()
-
-        raw = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", fps, "-i", "-")
-        run_ffmpeg(*raw, "-c:v", "libx264", "-crf", 10, "-pix_fmt", "yuv420p", silent, pieces=pictures())
-        tracks = ("-i", silent, "-i", Path(sound).resolve(), "-map", "0:v", "-map", "1:a", "-c:v", "copy")
-        run_ffmpeg(*tracks, "-c:a", "aac", "-af", f"atrim=end={count / fps:.6f}", draft)
-        path = next_free(path)
+    path, clips = Path(path), iter(clips)
+    first = next(clips)
+    height, width = first.shape[1:3]
+    draft = path.with_name(f".{path.stem}.{os.getpid()}.mp4").absolute()  # ffmpeg takes "10:30/a.mp4" for a protocol
+    options = {"fps": fps, "codec": "libx264", "quality": None, "macro_block_size": 1, "ffmpeg_log_level": "error"}
+    options |= {"audio_path": str(Path(sound).absolute()), "audio_codec": "aac"}
+    options["output_params"] = ["-crf", "10", "-movflags", "+faststart", *BT709]
+    writer = imageio_ffmpeg.write_frames(str(draft), (width, height), **options)
+    try:
+        writer.send(None)
+        for clip in itertools.chain([first], clips):
+            writer.send(clip.tobytes())
+        writer.close()
+        with contextlib.closing(imageio_ffmpeg.read_frames(str(draft))) as reader:
+            next(reader)  # OSError if ffmpeg could not end the file: the writer does not tell
+        path = free_name(path)
         draft.rename(path)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise OSError(f"{path} could not be written ({reason}): what ffmpeg says is above") from error
+    finally:
+        writer.close()
+        draft.unlink(missing_ok=True)
     return path
 
 
-def next_free(path):
-    """This path, or if it exists the first of name-2, name-3, ... that does not."""
-    others = (path.with_stem(f"{path.stem}-{i}") for i in itertools.count(2))
-    return next(each for each in itertools.chain([path], others) if not each.exists())
+# ---- the command line --------------------------------------------------------
 
 
-WHICH_SETTING = """\
-which setting?          line to edit          or flag               talking emoji, 20 steps
-TeaCache's own rule     REL_L1_THRESH = 0.15  --rel_l1_thresh 0.15  11 computed, 46.9 dB
-N times fewer passes    COMPUTED_STEPS = 10   --computed_steps 10   10 computed, 45.4 dB
-no visible change       TOLERANCE = 0.003     --tolerance 0.003     14 computed, 56.8 dB
-"""
+def build_parser(**several):
+    """The flags, as in memo. several: of the two settings, for tools that take more than one value."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+
+    def add(name, **options):
+        hyphens = name.replace("_", "-")  # taken as well
+        parser.add_argument(*dict.fromkeys([f"--{name}", f"--{hyphens}"]), **options)
+
+    add("config", help="memo's configs/inference.yaml, or one like it")
+    add("input_image", help="portrait; the talking emoji has its own, see assets/memo-emoji")
+    add("input_audio", help="voice, in any format")
+    add("output_dir", type=Path, default=Path("outputs"), help="for <image>_<audio>.mp4, or the next free number")
+    add("emotion", choices=EMOTIONS, help="instead of the recognised one")
+    add("seed", type=int, default=SEED)
+    add("rel_l1_thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing", **several)
+    add("computed_steps", type=int, help="instead of a threshold: computed steps of each clip", **several)
+    return parser
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An error is one line, which mentions --help."""
-
-    def error(self, message):
-        super().error(" ".join(message.split()) + " (see --help)")
-
-
-def add_flag(parser, name, **settings):
-    """A flag with underscores, as in memo, that may be written with hyphens as well."""
-    parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **settings)
-
-
-def emotion_label(text):
-    """The label of an emotion that is given by its name or number."""
-    if text in EMOTIONS:
-        return EMOTIONS.index(text)
-    if text.isdecimal() and int(text) < len(EMOTIONS):
-        return int(text)
-    raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(EMOTIONS)}, or 0 to {len(EMOTIONS) - 1}")
-
-
-def find_file(name, folder):
-    """A file as it was typed, else in `folder`, which is memo's. ValueError with both places if it is in neither."""
-    places = list(dict.fromkeys((Path(name), Path(folder, name))))
-    for path in places:
-        if path.is_file():
-            return path
-    raise ValueError(f"no file {name}, looked for as {' and '.join(str(path.absolute()) for path in places)}")
-
-
-def read_config(path):
-    """memo's configs/inference.yaml or one like it. ValueError for what lacks or cannot work."""
-    from omegaconf import OmegaConf
-
+@contextlib.contextmanager
+def one_line_errors():
+    """For `main`: what can go wrong is said in a line, on a terminal that lacks a letter of a name too."""
+    sys.stdout.reconfigure(errors="replace")
     try:
-        config = OmegaConf.load(path)
-        lacking = [key for key in CONFIG_KEYS.split() if key not in config]
-        lacking = "" if not lacking else f"it lacks {', '.join(lacking)}"
-    except Exception as error:  # not YAML
-        lacking = " ".join(str(error).split())
-    if lacking:
-        raise ValueError(f"{path} is no config for MEMO ({lacking}): begin with memo's configs/inference.yaml")
-    for key in WHOLE_NUMBERS.split():
-        if not isinstance(config[key], int) or config[key] < 1:
-            raise ValueError(f"{path}: {key} must be a whole number of at least 1, not {config[key]}")
-    if config.resolution % 8:
-        raise ValueError(f"{path}: resolution must be a multiple of 8, not {config.resolution}")
-    if config.num_generated_frames_per_clip != 16:
-        raise ValueError(f"{path}: num_generated_frames_per_clip must be 16, as it is written into memo's pipeline")
-    if not isinstance(config.cfg_scale, (int, float)) or not 1 < config.cfg_scale < math.inf:
-        raise ValueError(f"{path}: cfg_scale must be above 1, not {config.cfg_scale}: memo fails without guidance")
-    if config.weight_dtype not in DTYPES:
-        raise ValueError(f"{path}: weight_dtype must be {', '.join(DTYPES)}, not {config.weight_dtype}")
-    return config
-
-
-def check_packages():
-    """Raise ImportError, with what to install, for what every run needs. Returns the folder of memo."""
-    try:
-        import imageio_ffmpeg
-
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except (ImportError, RuntimeError):
-        raise ImportError('no ffmpeg to write a video: pip install "imageio[ffmpeg]"') from None
-    try:
-        import omegaconf  # noqa: F401
-
-        import_memo()
-        import memo
+        yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
     except ImportError as error:
-        where = "see Installation in README.md, git clone https://github.com/memoavatar/memo"
-        raise ImportError(f"{error}: {where}") from None
-    return Path(memo.__path__[0]).parent
-
-
-def check_packages_for_faces():
-    """Raise ImportError for what memo needs beyond that to prepare a portrait and a voice."""
-    try:
-        from memo.utils import audio_utils, vision_utils  # noqa: F401
-    except Exception as error:  # some fail otherwise where a part of theirs is missing
-        where = "see Installation in README.md, pip install -e ../memo"
-        raise ImportError(f"{error}: the real MEMO needs all that it requires, {where}") from None
-
-
-def check_inputs(args):
-    """Raise ValueError or ImportError for a portrait, a voice or an emotion that cannot be used."""
-    read_portrait(args.input_image)
-    read_voice(args.input_audio)
-    if is_emoji(args.config):
-        find_portrait(args.input_image, args.config.model_name_or_path, args.config.resolution)
-    else:
-        check_packages_for_faces()
-
-
-def parse_args(argv=None, extend=lambda parser: None, has_inputs=True):
-    """The arguments, checked before anything is loaded.
-
-    For other tools: `extend` adds or replaces flags; without `has_inputs`, portrait and voice are not looked at.
-    """
-    layout = {"usage": argparse.SUPPRESS, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = OneLineParser(**layout, conflict_handler="resolve", epilog=WHICH_SETTING)
-    add_flag(parser, "config", help="memo's configs/inference.yaml, or one like it")
-    add_flag(parser, "input_image", help="portrait; the talking emoji has its own, see assets/memo-emoji")
-    add_flag(parser, "input_audio", help="voice, in any format")
-    add_flag(parser, "output_dir", type=Path, default=Path("outputs"), help="for <image>_<audio>.mp4")
-    add_flag(parser, "emotion", type=emotion_label, help=f"instead of the recognised one: {', '.join(EMOTIONS)}")
-    add_flag(parser, "seed", type=int, default=SEED)
-    add_flag(parser, "rel_l1_thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
-    add_flag(parser, "computed_steps", type=int, help="instead of a threshold: computed steps of each clip")
-    add_flag(parser, "tolerance", type=float, help="instead of a threshold: largest expected error, say 0.003")
-    extend(parser)
-    args = parser.parse_args(argv)
-    try:
-        check_arguments(args, has_inputs)
-    except Exception as error:  # of the files, the config or the settings
-        parser.error(str(error))
-    return args
-
-
-def check_arguments(args, has_inputs):
-    """Find the files, read the config, check all that can be checked; the results are added to `args`."""
-    memo_folder = check_packages()
-    is_default = not args.config and not torch.cuda.is_available() and BUNDLED.is_dir()
-    config = BUNDLED / "config.yaml" if is_default else find_file(args.config or CONFIG, memo_folder)
-    args.config = read_config(config)
-    example = INPUT_IMAGE, INPUT_AUDIO
-    if config.resolve() == BUNDLED / "config.yaml":
-        args.config.model_name_or_path = str(BUNDLED)
-        example = BUNDLED / "example.png", BUNDLED / "example.wav"
-    if is_emoji(args.config) and args.emotion is not None and EMOTIONS[args.emotion] not in EMOJI_EMOTIONS:
-        raise ValueError(f"the talking emoji can be {', '.join(EMOJI_EMOTIONS)}, not {EMOTIONS[args.emotion]}")
-    args.limits = {name: getattr(args, name) for name in ("rel_l1_thresh", "computed_steps", "tolerance")}
-    check_settings(args.config.inference_steps, **args.limits)
-    if has_inputs:
-        args.input_image = find_file(args.input_image or example[0], memo_folder)
-        args.input_audio = find_file(args.input_audio or example[1], memo_folder)
-        check_inputs(args)
-        args.output = args.output_dir / f"{args.input_image.stem}_{args.input_audio.stem}.mp4"
-    check_folder(args.output_dir)
-    if is_default:
-        print(f"No CUDA GPU: using the bundled talking emoji. For the real MEMO: --config {CONFIG}")
-
-
-def check_folder(folder):
-    """Create the folder of the outputs. OSError if nothing can be written there."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise OSError(f"cannot write into {folder} ({error.strerror}): give another --output_dir") from None
+        sys.exit(f"error: {error}, see Installation in README.md: git clone https://github.com/memoavatar/memo")
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def quiet():
@@ -1207,38 +1007,86 @@ def quiet():
     transformers.utils.logging.disable_progress_bar()
 
 
-def name_setting(rel_l1_thresh=None, computed_steps=None, tolerance=None):
-    """The setting that is used, as text: "computed_steps 10"."""
-    names = "rel_l1_thresh", "computed_steps", "tolerance"
-    values = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
-    return next(f"{name} {value}" for name, value in zip(names, values) if value is not None)
+def find_file(name):
+    """A file as it was typed, else in the folder of memo. ValueError with both places if it is in neither."""
+    import memo
+
+    places = list(dict.fromkeys([Path(name), Path(memo.__path__[0]).parent / name]))
+    for path in places:
+        if path.is_file():
+            return path
+    raise ValueError(f"no file {name}, looked for as {' and '.join(str(path.absolute()) for path in places)}")
+
+
+def read_config(path):
+    """memo's configs/inference.yaml, or one like it. ValueError for what is missing or cannot work."""
+    from omegaconf import OmegaConf
+
+    try:
+        config = OmegaConf.load(path)
+        values = {name: config.get(name) for name in CONFIG_RULES}
+    except Exception as error:  # not YAML, or a list
+        raise ValueError(f"{path} is no config for MEMO ({error})") from None
+    for name, (what, is_right) in CONFIG_RULES.items():
+        if not is_right(values[name]):
+            raise ValueError(f"{path}: {name} must be {what}, not {values[name]}")
+    return config
+
+
+def choose_config(name=None):
+    """The config of this name; without one the talking emoji's where there is no CUDA GPU, else memo's."""
+    if not name and not torch.cuda.is_available() and BUNDLED.is_dir():
+        print(f"No CUDA GPU: using the bundled talking emoji. For the real MEMO: --config {CONFIG}")
+        name = BUNDLED / "config.yaml"
+    path = find_file(name or CONFIG)
+    config = read_config(path)
+    if path.resolve().parent == BUNDLED:
+        config.model_name_or_path = str(BUNDLED)  # from any folder
+    return config
+
+
+def find_inputs(config, image=None, audio=None):
+    """The files of the portrait and the voice, by default those of the model's example."""
+    example = (BUNDLED / "example.png", BUNDLED / "example.wav") if is_emoji(config) else (INPUT_IMAGE, INPUT_AUDIO)
+    return find_file(image or example[0]), find_file(audio or example[1])
+
+
+def output_path(folder, image, audio):
+    """face_speech.mp4 in this folder, which is made. OSError if nothing can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    stems = (os.fsencode(Path(file).stem)[:100].decode(errors="ignore") for file in (image, audio))
+    return folder / f"{'_'.join(stems)}.mp4"  # a name can have 255 bytes
+
+
+def name_setting(rel_l1_thresh=None, computed_steps=None):
+    """The setting that decides, by default that of the constants: "computed_steps 10"."""
+    if rel_l1_thresh is None and computed_steps is None:
+        rel_l1_thresh, computed_steps = REL_L1_THRESH, COMPUTED_STEPS
+    return f"rel_l1_thresh {rel_l1_thresh}" if computed_steps is None else f"computed_steps {computed_steps}"
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    config, schedule = args.config, []
-    if args.output.exists():
-        sys.exit(f"{args.output} exists: move it, or give another --output_dir")
-    quiet()
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            inputs = prepare(args.input_image, args.input_audio, config, folder, args.emotion)
-        except (AssertionError, ImportError, OSError, ValueError) as error:
-            sys.exit(f"could not prepare the portrait and the voice: {' '.join(str(error).split())}")
-        try:
-            pipeline, audio_proj = load_pipeline(config.model_name_or_path, config.vae, dtype=config.weight_dtype)
-        except (OSError, ValueError) as error:
-            sys.exit(f"could not load {config.model_name_or_path}: {' '.join(str(error).split())}")
-        began = time.perf_counter()
-        clips = generate(pipeline, audio_proj, inputs, config, args.seed, schedule=schedule, **args.limits)
-        try:
-            path = write_video(clips, args.output, config.fps, inputs.sound)
-        except KeyboardInterrupt:
-            sys.exit(f"interrupted: {args.output} was not written")
-    took, setting = f"{time.perf_counter() - began:.1f} s", name_setting(**args.limits)
-    if False in schedule and pipeline.diffusion_net.teacache_clock.can_correct:
-        setting = f"{setting}, corrected"
-    print(f"saved {path}: {took}, {sum(schedule)} of {len(schedule)} steps computed ({setting}), seed {args.seed}")
+    args = build_parser().parse_args(argv)
+    settings = {"rel_l1_thresh": args.rel_l1_thresh, "computed_steps": args.computed_steps}
+    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
+        quiet()
+        config = choose_config(args.config)
+        check_settings(config.inference_steps, **settings)
+        image, audio = find_inputs(config, args.input_image, args.input_audio)
+        output = output_path(args.output_dir, image, audio)
+        inputs = prepare(image, audio, config, folder, args.emotion)
+        pipeline, audio_proj = load_pipeline(config.model_name_or_path, config.vae, dtype=config.weight_dtype)
+
+        schedule, began = [], time.perf_counter()
+        clips = generate(pipeline, audio_proj, inputs, config, args.seed, schedule=schedule, **settings)
+        output = write_video(clips, output, config.fps, inputs.sound)
+        seconds = time.perf_counter() - began
+
+        is_corrected = False in schedule and type(pipeline.scheduler) is CorrectedEulerScheduler
+        setting = name_setting(**settings) + (", corrected" if is_corrected else "")
+        steps = f"{sum(schedule)} of {len(schedule)} steps computed ({setting})"
+        print(f"saved {output}: {seconds:.1f} s, {steps}, seed {args.seed}")
 
 
 if __name__ == "__main__":

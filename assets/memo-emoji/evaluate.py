@@ -23,7 +23,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 from faces import NUM_EMOTIONS, mouth_opening  # noqa: E402
 
-from TeaCache4Memo.teacache_memo import generate_all, load_pipeline  # noqa: E402
+from TeaCache4Memo.compare_memo import generate_all  # noqa: E402
+from TeaCache4Memo.teacache_memo import load_pipeline  # noqa: E402
 
 
 def correlation(a, b):
