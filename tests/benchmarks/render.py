@@ -115,8 +115,8 @@ def setting(row):
 
 def difference(row, rows, to="float32"):
     """ "15: +3.1 ± 0.4": computed_steps 15 is closer by so much. Within the standard error it is a tie."""
-    mine = ours_against(row, rows)
-    if mine is None or is_ours(row):
+    mine, is_reference = ours_against(row, rows), min(of_prompts(row, to)) >= 98.5
+    if mine is None or is_ours(row) or is_reference:
         return ""
     gain, error = paired(mine, row, to)
     shown = f"{gain:+.1f} ± {error:.1f}"
