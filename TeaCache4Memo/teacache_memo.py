@@ -704,8 +704,6 @@ BT709 = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-bsf:v"]  # the co
 BT709 += ["h264_metadata=colour_primaries=1:transfer_characteristics=1:matrix_coefficients=1:video_full_range_flag=0"]
 GENERATING = weakref.WeakSet()  # networks that are making a video
 
-CorrectedEulerScheduler = FlowMatchEulerDiscreteScheduler  # TEMPORARY, until the core has this class: delete this line
-
 
 def import_memo():
     """Namespace of memo's modules. memo imports xformers, used or not: if it is missing, a stub replaces it."""
@@ -1083,8 +1081,9 @@ def main(argv=None):
         output = write_video(clips, output, config.fps, inputs.sound)
         seconds = time.perf_counter() - began
 
-        is_corrected = False in schedule and type(pipeline.scheduler) is CorrectedEulerScheduler
-        setting = name_setting(**settings) + (", corrected" if is_corrected else "")
+        setting = name_setting(**settings)
+        if False in schedule and is_corrected(pipeline.scheduler):
+            setting += ", corrected"
         steps = f"{sum(schedule)} of {len(schedule)} steps computed ({setting})"
         print(f"saved {output}: {seconds:.1f} s, {steps}, seed {args.seed}")
 

@@ -316,7 +316,9 @@ def kept(model):
 def fresh(loop, way, *args, **kwargs):
     """What a new network with these weights and a new scheduler give: the latents, and the schedule."""
     is_euler = isinstance(loop.scheduler, FlowMatchEulerDiscreteScheduler)
-    scheduler = (FlowMatchEulerDiscreteScheduler if is_euler else type(loop.scheduler)).from_config(loop.scheduler.config)
+    scheduler = (FlowMatchEulerDiscreteScheduler if is_euler else type(loop.scheduler)).from_config(
+        loop.scheduler.config
+    )
     other = Loop(loop.machine, scheduler, loop.machine.script.remove_teacache(twin(loop.model)))
     other.apply(**way)
     return other.draw(*args, **kwargs), other.schedule
