@@ -3,16 +3,24 @@
     python batch_lumina2.py prompts.txt --computed-steps 15
     accelerate launch batch_lumina2.py prompts.txt --computed-steps 15
 
-Blank lines do not count. The first image uses --seed, the next --seed + 1, and so on. Rerun the command to resume: an
-image that exists is skipped. Each image stores its prompt, seed and settings; an image with other settings is an error.
-Takes the flags of teacache_lumina2.py as well.
+Blank lines do not count. Each line is drawn as teacache_lumina2.py draws it, with --seed; a line that was there before
+gets --seed + 1, and so on. The name of an image ends in a digest of its prompt, seed, settings and model, which the PNG
+stores as well. So lines can be added and moved, and other settings make other images beside the first ones.
+
+Rerun the command to resume: an image that is complete is skipped. A local model counts as another one when the size or
+the time of a file in it has changed; a model of the Hub is known by its name only. Takes the flags of
+teacache_lumina2.py as well.
 """
 
+import contextlib
+import hashlib
 import json
 import re
 import sys
 import tempfile
+import time
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -27,58 +35,81 @@ if __package__:
 else:
     import teacache_lumina2
 
-SETTINGS = "model transformer dtype attention negative_prompt rel_l1_thresh computed_steps tolerance".split()
-SETTINGS += "num_inference_steps height width guidance_scale cfg_trunc_ratio".split()
+SETTINGS = "dtype attention negative_prompt rel_l1_thresh computed_steps num_inference_steps height width".split()
+SETTINGS += ["guidance_scale", "cfg_trunc_ratio"]
 
 
-def parse_args(argv=None):
-    """The arguments; `jobs` has one dictionary for each image that is missing."""
-
-    def extend(parser):
-        add = parser.add_argument
-        add("prompts", metavar="FILE", help="UTF-8 text, one prompt per line")
-        add("--output-dir", "--output", dest="output_dir", type=Path, default=Path("teacache_lumina2_images"))
-        add("--attention", choices=["flash"], help="flash: flash-attn, without padding; see attention_lumina2.py")
-        parser.set_defaults(default_output=None, parser=parser)
-
-    args = teacache_lumina2.parse_args(argv, extend)
-    try:
-        prompts = read_prompts(args.prompts)
-        teacache_lumina2.check_seed(args.seed + len(prompts) - 1)
-        if args.attention:
-            find_flash_attention(args)
-        make_folder(args.output_dir)
-        settings = {name: getattr(args, name) for name in SETTINGS}
-        limits = teacache_lumina2.limits_or_constants(args.rel_l1_thresh, args.computed_steps, args.tolerance)
-        settings |= zip(teacache_lumina2.LIMITS, limits)
-        settings |= {"coefficients": teacache_lumina2.COEFFICIENTS, "correct": teacache_lumina2.CORRECT}
-        jobs = [{"prompt": prompt, "seed": args.seed + i, **settings} for i, prompt in enumerate(prompts)]
-        args.paths = [args.output_dir / name(i, prompt) for i, prompt in enumerate(prompts)]
-        args.jobs = [(path, job) for path, job in zip(args.paths, jobs) if not is_done(path, job)]
-    except (OSError, ValueError) as error:
-        args.parser.error(error)
-    return args
+def build_parser():
+    parser = teacache_lumina2.build_parser()
+    add = parser.add_argument
+    add("prompts", metavar="FILE", help="UTF-8 text, one prompt per line")
+    add("--output-dir", "--output", dest="output_dir", type=Path, default=Path("teacache_lumina2_images"))
+    add("--attention", choices=["flash"], help="flash: flash-attn, without padding; see attention_lumina2.py")
+    return parser
 
 
 def read_prompts(file):
-    """The lines that are not blank."""
+    """The lines that are not blank. Only a line feed ends a line: some texts have other separators within."""
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8, one prompt per line") from None
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{file} is empty; expected one prompt per line")
     return prompts
 
 
-def make_folder(path):
-    """Raise ValueError if files cannot be written there."""
+def find_jobs(args):
+    """{path: job} of all images. A job is all that decides what the image looks like."""
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings |= {"coefficients": teacache_lumina2.COEFFICIENTS, "correct": teacache_lumina2.CORRECT}
+    settings |= {name: identity(getattr(args, name)) for name in ("model", "transformer")}
+    jobs, earlier = {}, Counter()
+    for prompt in read_prompts(args.prompts):
+        job = {"prompt": prompt, "seed": args.seed + earlier[prompt], **settings}
+        jobs[args.output_dir / file_name(job)] = job
+        earlier[prompt] += 1
+    return jobs
+
+
+def identity(source):
+    """Of a local model or file its name, and a digest of sizes and times; else the name alone, or None."""
+    if source is None or not Path(source).exists():
+        return source
+    files = [file for file in Path(source).rglob("*") if file.suffix in (".json", ".safetensors", ".bin")]
+    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files or [Path(source)]]
+    return f"{Path(source).resolve().name} {digest(sorted(stamps))}"
+
+
+def digest(thing):
+    return hashlib.sha256(json.dumps(thing).encode()).hexdigest()[:8]
+
+
+def file_name(job):
+    """the-first-words-0123abcd.png"""
+    words = re.sub(r"[\W_]+", "-", job["prompt"].lower()).strip("-")[:48].rstrip("-")
+    return f"{words}-{digest(job)}.png".lstrip("-")
+
+
+def make_folder(folder):
+    """Raise OSError if files cannot be written there. Removes the drafts of a batch that was killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    for draft in folder.glob(".*.draft.png"):
+        with contextlib.suppress(FileNotFoundError):  # it became an image
+            if time.time() - draft.stat().st_mtime > 60:  # else another batch may be saving it
+                draft.unlink()
+
+
+def is_done(path):
+    """Whether the image is there and complete."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise ValueError(f"--output-dir {path} cannot be written ({error.strerror}): give another folder") from None
+        with Image.open(path) as image:
+            image.verify()  # the checksums of a PNG, to its end
+    except Exception:  # what Pillow raises depends on where the file was cut
+        return False
+    return True
 
 
 def find_flash_attention(args):
@@ -98,57 +129,49 @@ def find_flash_attention(args):
     return use_flash_attention
 
 
-def name(index, prompt):
-    """0001-the-first-words.png"""
-    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:48]
-    return f"{index + 1:04d}-{words}".rstrip("-") + ".png"
-
-
-def is_done(path, job):
-    """Whether the image exists. Raises ValueError if it has other settings, or was written by another program."""
-    if not path.exists():
-        return False
-    job = json.loads(json.dumps(job))  # as it was stored: a tuple is a list
-    with Image.open(path) as image:
-        stored = json.loads(image.info.get("teacache", "null"))
-    other = [key for key in job if stored is None or stored.get(key) != job[key]]
-    if other:
-        raise ValueError(f"{path} exists with different {', '.join(other)}: move it, or give another --output-dir")
-    return True
-
-
 def draw(pipeline, args, path, job):
     """One image, with its prompt, seed and settings in it."""
-    image, _, _ = teacache_lumina2.generate(pipeline, Namespace(**{**vars(args), **job}))
+    settings = {**vars(args), "prompt": job["prompt"], "seed": job["seed"]}
+    image, _, _ = teacache_lumina2.generate(pipeline, Namespace(**settings))
     info = PngInfo()
     info.add_text("teacache", json.dumps(job))
     with teacache_lumina2.complete_file(path) as draft:
         image.save(draft, pnginfo=info)
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    state, failed = PartialState(cpu=not torch.cuda.is_available()), []
+def load_pipeline(args, state):
     args.device = str(state.device) if args.device == "cuda" else args.device
-    state.wait_for_everyone()  # all processes have listed which images are missing
-    if state.is_main_process and args.jobs:
-        teacache_lumina2.warn_of_few_steps(args.num_inference_steps, **teacache_lumina2.limits_of(args))
-    pipeline = teacache_lumina2.load_pipeline(args) if args.jobs else None
-    if pipeline and args.attention:
+    pipeline = teacache_lumina2.load_pipeline(args)
+    if args.attention:
         find_flash_attention(args)(pipeline.transformer)
-    if pipeline:
-        pipeline.set_progress_bar_config(disable=True)
-    with state.split_between_processes(args.jobs) as jobs:
-        for path, job in tqdm(jobs, unit="image", disable=not state.is_main_process):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def main(argv=None):
+    parser, failed = build_parser(), []
+    args = parser.parse_args(argv)
+    with teacache_lumina2.one_line_errors(parser):
+        teacache_lumina2.check_args(args)
+        jobs = find_jobs(args)
+        if args.attention:
+            find_flash_attention(args)
+        make_folder(args.output_dir)
+        missing = [(path, job) for path, job in jobs.items() if not is_done(path)]
+        state = PartialState(cpu=not torch.cuda.is_available())
+        state.wait_for_everyone()  # all processes have listed which images are missing
+        pipeline = load_pipeline(args, state) if missing else None
+    with state.split_between_processes(missing) as mine:
+        for path, job in tqdm(mine, unit="image", disable=not state.is_main_process):
             try:
                 draw(pipeline, args, path, job)
             except Exception as error:
                 failed.append(str(path))
                 pipeline.maybe_free_model_hooks()
                 print(f"{path} failed: {type(error).__name__}: {error}", file=sys.stderr)
-    failed = set(gather_object(failed))
+    failed = gather_object(failed)
     if state.is_main_process:
-        print(f"{len(args.paths) - len(failed)} of {len(args.paths)} images are in {args.output_dir}", flush=True)
+        print(f"{len(jobs) - len(set(failed))} of {len(jobs)} images are in {args.output_dir}", flush=True)
     state.wait_for_everyone()
     state.destroy_process_group()
     sys.exit(bool(failed))

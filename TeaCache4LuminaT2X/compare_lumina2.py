@@ -1,7 +1,7 @@
 """Compare TeaCache settings for Lumina-Image-2.0: one strip of images, a JSON file beside it, and a Markdown table.
 
     python compare_lumina2.py                                   # an easy prompt and a hard one, many and few passes
-    python compare_lumina2.py --rel-l1-thresh 0.1 0.2 0.3 --computed-steps 15 --tolerance 0.003
+    python compare_lumina2.py --rel-l1-thresh 0.1 0.2 0.3 --computed-steps 15 15/100
 
 Each image is compared with the original, which is not cached. Seconds are the median of --repeats runs. Both files are
 written anew after each image, so that an interruption loses one. Takes the flags of teacache_lumina2.py as well.
@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 from argparse import ArgumentTypeError, Namespace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ if __package__:
 else:
     import teacache_lumina2
 
+OUTPUT = Path("teacache_lumina2_compare.png")
 PROMPTS = [teacache_lumina2.PROMPT, "penguin with umbrella"]
 THRESHOLDS = [0.3, 0.9]  # the second one computes about 8 of 30 steps of the bundled model
 BUDGETS = [(15, None), (8, None), (8, 8)]  # (computed steps, all steps; None: --num-inference-steps), those that fit
@@ -38,37 +40,31 @@ def budget(text):
     return int(computed), int(steps) if steps else None
 
 
-def parse_args(argv=None):
-    """The arguments; `columns` has the settings of each image of a row, the original first."""
+def build_parser():
+    parser = teacache_lumina2.build_parser()
+    add = parser.add_argument
+    add("--prompt", nargs="+", dest="prompts", default=PROMPTS, help="one row of images each")
+    add("--rel-l1-thresh", nargs="*", type=float, dest="thresholds", default=THRESHOLDS, metavar="T")
+    some = {"nargs": "*", "metavar": "K", "help": "such as 15, or 15/100; 8/8: plain steps"}
+    add("--computed-steps", type=budget, dest="budgets", **some)
+    add("--repeats", type=int, default=3, help="timed runs of each image")
+    add("--output", type=Path, help=f"a new file, and .json beside it; default {OUTPUT}, or the next free number")
+    parser.set_defaults(prompt=None, rel_l1_thresh=None, computed_steps=None)  # each column has its own
+    return parser
 
-    def extend(parser):
-        add = parser.add_argument
-        add("--prompt", nargs="+", dest="prompts", default=PROMPTS, help="one row of images each")
-        add("--rel-l1-thresh", nargs="*", type=float, dest="thresholds", default=THRESHOLDS, metavar="T")
-        add("--tolerance", nargs="*", type=float, dest="tolerances", default=[], metavar="T")
-        some = {"nargs": "*", "metavar": "K", "help": "such as 15, or 15/100; 8/8: plain steps"}
-        add("--computed-steps", type=budget, dest="budgets", **some)
-        add("--repeats", type=int, default=3, help="timed runs of each image")
-        parser.set_defaults(prompt=None, rel_l1_thresh=None, computed_steps=None, tolerance=None, parser=parser)
-        parser.set_defaults(default_output=Path("teacache_lumina2_compare.png"), beside=[".json"])
 
-    args = teacache_lumina2.parse_args(argv, extend)
+def find_columns(args):
+    """The settings of each image of a row, the original first. Raises ValueError for what cannot work."""
     if args.repeats < 1:
-        args.parser.error(f"--repeats must be at least 1, not {args.repeats}")
+        raise ValueError(f"--repeats must be at least 1, not {args.repeats}")
     if args.budgets is None:
         args.budgets = [(k, n) for k, n in BUDGETS if k < args.num_inference_steps]
     budgets = dict.fromkeys((k, n or args.num_inference_steps) for k, n in args.budgets)
-    limits = [{"rel_l1_thresh": t} for t in dict.fromkeys([0.0, *args.thresholds])]
-    limits += [{"computed_steps": k, "steps": n} for k, n in budgets] + [{"tolerance": t} for t in args.tolerances]
-    args.columns, none = [], dict.fromkeys(teacache_lumina2.LIMITS)
-    for limit in limits:
-        steps = limit.pop("steps", args.num_inference_steps)
-        try:
-            teacache_lumina2.check_settings(steps, **limit)
-        except ValueError as error:
-            args.parser.error(error)
-        args.columns.append({**none, **limit, "num_inference_steps": steps})
-    return args
+    columns = [(t, None, args.num_inference_steps) for t in dict.fromkeys([0.0, *args.thresholds])]
+    columns += [(None, k, n) for k, n in budgets]
+    for threshold, computed_steps, num_steps in columns:
+        teacache_lumina2.check_settings(num_steps, threshold, computed_steps)
+    return [dict(zip(("rel_l1_thresh", "computed_steps", "num_inference_steps"), column)) for column in columns]
 
 
 def psnr(image, reference):
@@ -82,8 +78,6 @@ def name(column):
     """Of a setting, in strip, table and progress bar."""
     if column["rel_l1_thresh"] is not None:
         return f"threshold {column['rel_l1_thresh']:g}" if column["rel_l1_thresh"] else "original"
-    if column["tolerance"] is not None:
-        return f"tolerance {column['tolerance']:g}"
     computed, steps = column["computed_steps"], column["num_inference_steps"]
     return f"{computed} plain steps" if is_plain(column) else f"{computed} of {steps} steps"
 
@@ -178,12 +172,16 @@ def table(rows):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    for column in args.columns:
-        limits = {limit: column[limit] for limit in teacache_lumina2.LIMITS}
-        teacache_lumina2.warn_of_few_steps(column["num_inference_steps"], **limits)
-    rows = compare(args, keep=lambda rows: write(args, rows))
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with teacache_lumina2.one_line_errors(parser):
+        args.output = args.output or teacache_lumina2.free_name(OUTPUT)
+        teacache_lumina2.check_output(args.output, args.output.with_suffix(".json"))
+        teacache_lumina2.check_args(args)
+        args.columns = find_columns(args)
+        rows = compare(args, keep=lambda rows: write(args, rows))
     image, about = rows[0][0][0], machine(args)
+    sys.stdout.reconfigure(errors="replace")  # where a terminal lacks letters of a prompt
     print(f"saved {args.output} and {args.output.with_suffix('.json')}", *table(rows), sep="\n")
     print(f"\n{Path(args.model).name}, {image.width} x {image.height}, {args.dtype}, median of {args.repeats}")
     print(f"{about['machine']}, torch {about['torch']}, diffusers {about['diffusers']}")

@@ -34,42 +34,30 @@ else:
 PLANNING = PROVING = 4  # prompts
 
 
-def parse_args(argv=None):
-    """The arguments; `planning` and `proving` have four (prompt, seed) each."""
-
-    def extend(parser):
-        parser.add_argument("prompts", metavar="FILE", help="UTF-8 text, one prompt per line, eight or more")
-        parser.set_defaults(default_output=None, parser=parser)  # it writes no picture
-
-    args = teacache_lumina2.parse_args(argv, extend)
-    try:
-        if args.computed_steps is None:
-            raise ValueError("give --computed-steps, such as 10: the number of steps to plan")
-        drawn = choose_prompts(Path(args.prompts), args.seed)
-        teacache_lumina2.check_seed(args.seed + len(drawn) - 1)
-    except (OSError, ValueError) as error:
-        args.parser.error(str(error))
-    jobs = [(prompt, args.seed + i) for i, prompt in enumerate(drawn)]
-    args.planning, args.proving = jobs[:PLANNING], jobs[PLANNING:]
-    return args
+def build_parser():
+    parser = teacache_lumina2.build_parser()
+    parser.add_argument("prompts", metavar="FILE", help="UTF-8 text, one prompt per line, eight or more")
+    return parser
 
 
-def choose_prompts(path, seed):
-    """Eight different prompts of a file, at random."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    prompts = list(dict.fromkeys(filter(None, lines)))
+def choose_jobs(args):
+    """Eight (prompt, seed), the prompts different ones of the file, at random. Raises ValueError if there are fewer."""
+    if args.computed_steps is None:
+        raise ValueError("give --computed-steps, such as 10: the number of steps to plan")
+    lines = Path(args.prompts).read_text(encoding="utf-8-sig").split("\n")
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if len(prompts) < PLANNING + PROVING:
         need = f"{PLANNING} to plan and {PROVING} others to prove the plan"
-        raise ValueError(f"{path} has {len(prompts)} different prompts; {need} are needed")
-    return random.Random(seed).sample(prompts, PLANNING + PROVING)
+        raise ValueError(f"{args.prompts} has {len(prompts)} different prompts; {need} are needed")
+    chosen = random.Random(args.seed).sample(prompts, PLANNING + PROVING)
+    return [(prompt, args.seed + i) for i, prompt in enumerate(chosen)]
 
 
 def draw(pipeline, args, job, computed_steps=None):
     """A PIL image, with these steps computed; without a cache if there are none."""
     prompt, seed = job
-    limits = dict.fromkeys(teacache_lumina2.LIMITS) | {"computed_steps": computed_steps}
-    if computed_steps is None:
-        limits["rel_l1_thresh"] = 0.0
+    threshold = 0.0 if computed_steps is None else None
+    limits = {"rel_l1_thresh": threshold, "computed_steps": computed_steps}
     settings = {**vars(args), **limits, "prompt": prompt, "seed": seed}
     return teacache_lumina2.generate(pipeline, Namespace(**settings))[0]
 
@@ -87,26 +75,29 @@ class Step(NamedTuple):
 def recording(pipeline):
     """The steps that are drawn within, as a list that grows."""
     teacache_lumina2.remove_teacache(pipeline)  # it wraps the scheduler as well
-    network, stock, steps, outputs = pipeline.transformer, pipeline.scheduler.step, [], []
+    network, scheduler, steps, outputs = pipeline.transformer, pipeline.scheduler, [], []
+    stock, is_wrapped = scheduler.step, "step" in vars(scheduler)
 
     def keep(module, inputs, output):
         outputs.append(output[0])
 
     def step(velocity, timestep, *args, **kwargs):
-        sigma = float(timestep) / pipeline.scheduler.config.num_train_timesteps
+        sigma = float(timestep) / scheduler.config.num_train_timesteps
         guided, conditional = (v.flatten().cpu().double() for v in (velocity, -outputs[0]))  # the pipeline turns signs
         steps.append(Step(sigma, guided, conditional, len(outputs)))
         outputs.clear()
         return stock(velocity, timestep, *args, **kwargs)
 
     hook = network.register_forward_hook(keep)
-    pipeline.scheduler.step = functools.update_wrapper(step, stock)
+    scheduler.step = functools.update_wrapper(step, stock)
     try:
         yield steps
     finally:
         hook.remove()
         teacache_lumina2.remove_teacache(pipeline)
-        pipeline.scheduler.step = stock
+        del scheduler.step
+        if is_wrapped:  # by somebody else
+            scheduler.step = stock
 
 
 def coordinates(steps):
@@ -201,16 +192,20 @@ def report(default, planned, schedule, plan, about):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    pipeline = teacache_lumina2.load_pipeline(args)
-    pipeline.set_progress_bar_config(disable=True)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with teacache_lumina2.one_line_errors(parser):
+        jobs = choose_jobs(args)
+        args.planning, args.proving = jobs[:PLANNING], jobs[PLANNING:]
+        teacache_lumina2.check_args(args)
+        pipeline = teacache_lumina2.load_pipeline(args)
+        pipeline.set_progress_bar_config(disable=True)
+        with tqdm(total=PLANNING + PROVING, unit="prompt") as bar:
+            plan = make_plan(pipeline, args, bar)
+            default, planned, schedule = measure(pipeline, args, plan, bar)
     shift = pipeline.scheduler.config.get("shift")
-    about = (
-        f"{args.num_inference_steps} steps" if shift is None else f"shift {shift:g}, {args.num_inference_steps} steps"
-    )
-    with tqdm(total=PLANNING + PROVING, unit="prompt") as bar:
-        plan = make_plan(pipeline, args, bar)
-        default, planned, schedule = measure(pipeline, args, plan, bar)
+    about = f"{args.num_inference_steps} steps"
+    about = about if shift is None else f"shift {shift:g}, {about}"
     print(*report(default, planned, schedule, plan, about), sep="\n")
 
 

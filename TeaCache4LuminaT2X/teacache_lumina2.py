@@ -1,19 +1,19 @@
 """TeaCache (arXiv 2411.19108) for Lumina-Image-2.0: training-free caching, in one self-contained script.
 
 A diffusion model draws an image by running one network at 20 to 50 timesteps, and little changes from one step to the
-next. TeaCache computes some of the steps and skips the others. One of three settings decides which:
+next. TeaCache computes some of the steps and skips the others. One of two settings decides which:
 
-rel_l1_thresh, as published. x is the timestep-modulated input of the first block. Its relative L1 change, rescaled by
-a polynomial p, is added up over the steps since the last computed one, and as long as the sum is small,
+rel_l1_thresh, TeaCache's own rule. x is the timestep-modulated input of the first block. Its relative L1 change,
+rescaled by a polynomial p, is added up over the steps since the last computed one, and as long as the sum is small,
 
     sum of p(mean |x[i] - x[i-1]| / mean |x[i-1]|)  <  rel_l1_thresh
 
 the blocks are skipped, and the residual of the last computed step (their output minus their input) is used again.
 
-computed_steps, a number of steps, or tolerance, an expected error. A skipped step runs no part of the network. The
-velocity is extrapolated from the last two computed ones, v0 at time t0 and v1 at time t1 (the damping is ours):
+computed_steps, the number of steps to compute, or a list of them. A skipped step runs no part of the network. The
+velocity is extrapolated from the last two computed ones, v0 at sigma s0 and v1 at s1 (the damping is ours):
 
-    v(t) = v1 + a(g) (v1 - v0)        g = (t - t1) / (t1 - t0)        a(g) = g / (1 + DAMPING g)
+    v(s) = v1 + a(g) (v1 - v0)        g = (s1 - s) / (s0 - s1)        a(g) = g / (1 + DAMPING g)
 
 The first and the last step are always computed. With a pipeline, the latents are corrected afterwards for what skipped
 steps got wrong, as soon as the next computed step shows it: see Corrector.
@@ -33,26 +33,21 @@ import inspect
 import itertools
 import math
 import os
-import sys
-import threading
 import time
 import warnings
 from pathlib import Path
 from types import MethodType
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
-from diffusers.loaders.single_file_utils import convert_lumina2_to_diffusers, load_single_file_checkpoint
+from diffusers.loaders.single_file_utils import load_single_file_checkpoint
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 
 # ------------------------------------------------------------------------------
-# The threshold decides as published. The other two are better on the bundled model, and untested on the real weights.
 REL_L1_THRESH = 0.3  # 0: original | 0.1: 1.05x | 0.2: 1.15x | 0.3: 1.25x  (original authors, 4070 laptop, 1024x1536)
 COMPUTED_STEPS = None  # instead of the threshold: compute exactly this many steps, say 15 of 30
-TOLERANCE = None  # instead: compute when the expected error of skipping, summed over time, reaches this, say 0.003
 NUM_INFERENCE_STEPS = 30
 GUIDANCE_SCALE = 4.0
 CFG_TRUNC_RATIO = 1.0  # share of the steps with guidance
@@ -72,10 +67,7 @@ COEFFICIENTS_V2 = [225.7042019806413, -608.8453716535591, 304.1869942338369, 124
 COEFFICIENTS = COEFFICIENTS_V1
 
 DAMPING = 0.25  # of the extrapolation, see extrapolate
-CURVATURE = 60.0  # under a tolerance: error of the extrapolation over the square of its gap, before it is measured
-LONGEST_GAP = 0.2  # under a tolerance: time without a computed step, of 1 from noise to image
 CORRECT = True  # with a pipeline: correct the latents afterwards for what skipped steps got wrong, see Corrector
-CAUTION = 4.0  # of the correction: the larger, the less is corrected where the extrapolation errs
 # ------------------------------------------------------------------------------
 
 
@@ -90,8 +82,8 @@ def teacache_forward(
 ):
     """`Lumina2Transformer2DModel.forward` (diffusers 0.33 to 0.42) with TeaCache: the velocity, shaped as the latents.
 
-    Settings are read from the instance, its class or the constants, see `read_settings`; the state is `self.teacache`,
-    on the instance. With gradients, at threshold 0 or without `enable_teacache`, every step is computed, as in stock.
+    Settings are attributes of the instance, else of its class, else the constants; the state is `self.teacache`, on the
+    instance. With gradients, at threshold 0 or without `enable_teacache`, every step is computed, as in stock.
     """
     lora_scale = (attention_kwargs or {}).get("scale", 1.0)
     if USE_PEFT_BACKEND and lora_scale != 1.0:  # this function again, with scaled LoRA layers
@@ -103,12 +95,12 @@ def teacache_forward(
             unscale_lora_layers(self, lora_scale)
 
     # ---- TeaCache: a step that is skipped by extrapolation runs no part of the network ----
-    conditioning = encoder_hidden_states, encoder_attention_mask
-    time = timestep.flatten()[0].item()  # one for the whole batch
-    mark = encoder_attention_mask  # one object throughout a generation
-    cache, branch = begin_call(self, time, conditioning, mark, hidden_states)
-    if cache.extrapolates and not should_calc(cache, branch):
-        output = branch.forecast(time)
+    cache = find_step(
+        self, sigma=1 - timestep.flatten()[0].float(), latents=hidden_states
+    )  # one sigma for the whole batch
+    branch = cache.begin_call(hidden_states, encoder_hidden_states, encoder_attention_mask)
+    if cache.plan is not None and not cache.should_calc(branch):
+        output = extrapolate(branch.outputs, cache.sigma)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
     # ---- end of TeaCache ----
 
@@ -139,9 +131,9 @@ def teacache_forward(
     hidden_states = joint_hidden_states  # (batch, tokens, hidden_size): caption, image, padding
 
     # ---- TeaCache: stock runs the layers at every step ----
-    if cache.needs_modulated_input:
+    if cache.by_threshold and cache.calls == 1:
         cache.accumulate(branch, modulated_input(self.layers[0], hidden_states, temb))
-    if should_calc(cache, branch):  # with extrapolation always, as it was asked above
+    if cache.should_calc(branch):
         original_hidden_states = hidden_states
         for layer in self.layers:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -150,7 +142,7 @@ def teacache_forward(
                 )
             else:
                 hidden_states = layer(hidden_states, attention_mask, rotary_emb, temb)
-        residual = hidden_states - original_hidden_states if cache.rule is by_threshold else None
+        residual = hidden_states - original_hidden_states if cache.by_threshold else None
     else:
         residual = branch.previous_residual
         hidden_states = hidden_states + residual
@@ -167,372 +159,268 @@ def teacache_forward(
         output.append(patches.permute(4, 0, 2, 1, 3).reshape(self.out_channels, height, width))
     output = torch.stack(output)
 
-    cache.end_call(branch, residual, output)  # TeaCache: keep what a skipped step will use
+    cache.keep(branch, output, residual)  # TeaCache: for the steps that are skipped
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
 def modulated_input(block, hidden_states, temb):
     """`norm1` of a block, which gives the input of its attention.
 
-    If the block has hooks, its forward is `norm1` for one call: group offloading, say, loads the weights in its hook.
+    It takes the place of the block's forward for one call: with offloading, the hooks around it load the weights.
     """
-
-    def norm1(hidden_states, temb):
-        return block.norm1(hidden_states, temb)[0]
-
-    slots = [(holder, name) for holder, name in forward_slots(block) if is_stock(vars(holder).get(name), block)]
-    if not slots:
-        return norm1(hidden_states, temb)
-    holder, name = slots[0]
-    stock = getattr(holder, name)
-    setattr(holder, name, norm1)
+    slot = find_forward(block, is_stock)
+    if slot is None or not hasattr(block, "norm1"):
+        raise ValueError(f"the first block is a {type(block).__name__}: use computed_steps, or remove the other cache")
+    stock = getattr(*slot)
+    setattr(*slot, lambda hidden_states, temb: block.norm1(hidden_states, temb)[0])
     try:
         return block(hidden_states, temb)
     finally:
-        setattr(holder, name, stock)
+        setattr(*slot, stock)
 
 
-# ---- which steps are computed ------------------------------------------------
+# ---- which step a call belongs to --------------------------------------------
 
 
-def should_calc(cache, branch, force=False):
-    """Whether this call runs the blocks. The first call of a step decides for the whole step.
+def find_step(model, sigma, latents):
+    """The state of the running generation, at the step of this call. sigma: a tensor, 1 is noise, 0 the image."""
+    cache, scheduler = vars(model).get("teacache") or TeaCacheState(), vars(model).get("teacache_scheduler")
+    if torch.is_grad_enabled():  # nothing is reused
+        cache = TeaCacheState()
+        cache.begin_step(0, -math.inf)
+    elif scheduler is None:
+        cache = count_step(model, cache, sigma.item())
+    else:
+        cache = follow(model, cache, scheduler, sigma, latents) or compute_all(cache, scheduler.timesteps, sigma.item())
+    is_on = getattr(model, "enable_teacache", False) and (cache.plan is not None or cache.rel_l1_thresh > 0)
+    cache.is_on = is_on and not cache.is_last_step
+    model.teacache = cache
+    return cache
 
-    A call that has nothing to reuse, or that must not be skipped (`force`), is computed whatever was decided.
+
+def count_step(model, cache, sigma):
+    """A network alone: a generation begins where sigma rises or a call has not finished, and a step where it falls."""
+    if sigma > cache.sigma or cache.was_interrupted or len(cache.sigmas) == 1:
+        if getattr(model, "enable_teacache", False) and cache.sigmas and len(cache.schedule) != len(cache.sigmas):
+            ran = f"the last generation ran {len(cache.schedule)} of {len(cache.sigmas)} steps (or was stopped)"
+            warnings.warn(f"TeaCache: {ran}: set num_steps to num_inference_steps", stacklevel=4)
+        num_steps = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS)
+        cache = new_generation(model, [1 - step / num_steps for step in range(num_steps)])  # as if evenly spaced
+    if sigma != cache.sigma:
+        cache.begin_step(cache.step + 1, sigma)
+    return cache
+
+
+def follow(model, cache, scheduler, sigma, latents):
+    """With a scheduler: a generation begins where the timesteps are set, and a step where step_index has risen by one.
+
+    Whatever else happens begins a generation too, and its first step is computed: strange loops become slow, never
+    wrong. Returns None if the scheduler does not drive this loop.
     """
-    if cache.rule is None:  # every step is computed
-        return True
-    needed = force or branch.is_empty
-    if cache.schedule[-1] is None:  # not decided yet
-        cache.schedule[-1] = needed or cache.rule(cache)
-        if cache.schedule[-1]:
-            cache.accumulated_rel_l1_distance = 0.0
-    return needed or cache.schedule[-1]
+    timesteps, index = scheduler.timesteps, scheduler.step_index  # set_timesteps makes a new tensor; None: no step yet
+    is_known = cache.timesteps is timesteps
+    has_ended = index is not None and index >= len(timesteps)
+    if has_ended or (is_known and not cache.sigmas):
+        return None
+    if is_known and index == cache.step + 1 and cache.sigmas[index] <= cache.sigma:
+        cache.begin_step(index, cache.sigmas[index], index)
+    elif not is_known or index != cache.index:
+        sigmas = (timesteps.cpu().double() / scheduler.config.num_train_timesteps).tolist()
+        step = np.abs(np.array(sigmas) - sigma.item()).argmin().item() if index is None else index
+        cache = new_generation(model, sigmas, step, timesteps)
+        cache.begin_step(step, sigmas[step], index)
+        watch(scheduler, cache)
+    # else another call of the running step
+    is_driven = latents is cache.latents or abs(sigma.item() - cache.sigma) < 0.002  # item() waits for the GPU
+    return cache if is_driven else None
 
 
-def by_threshold(cache):
-    """TeaCache as published: compute when the accumulated change has reached the threshold."""
-    return not cache.accumulated_rel_l1_distance < cache.settings.rel_l1_thresh  # NaN: compute
+def compute_all(cache, timesteps, sigma):
+    """A loop that the scheduler does not drive, until its timesteps are set again: a warning for each image."""
+    if cache.timesteps is not timesteps or cache.sigmas or sigma > cache.sigma:
+        why = "the scheduler that it was applied with does not drive this loop"
+        warnings.warn(f"TeaCache: {why}: all steps are computed; apply it to the pipeline again", stacklevel=4)
+        cache = TeaCacheState(timesteps=timesteps)
+    if sigma != cache.sigma:
+        cache.begin_step(cache.step + 1, sigma)
+    return cache
 
 
-def by_budget(cache):
-    """Compute exactly `computed_steps` steps. They are chosen at the second step, and anew if something has changed."""
-    computed = [step for step, was_computed in enumerate(cache.schedule) if was_computed]
-    if not computed:  # the first step
-        return True
-    wanted = int(cache.settings.computed_steps), cache.num_steps
-    past = [step for step in cache.plan if step < cache.step]
-    if cache.planned_for != wanted or past != computed:  # not chosen yet, other settings, or a step had to be computed
-        left = wanted[0] - len(computed)
-        cache.plan = computed + spread(cache.all_timesteps(), computed[-1], cache.step, left)
-        cache.planned_for = wanted
-    return cache.step in cache.plan
-
-
-def by_plan(cache):
-    """Compute the steps of a list."""
-    return cache.step in cache.settings.computed_steps
-
-
-def by_tolerance(cache):
-    """Compute when the errors expected of the steps since the last computed one add up to the tolerance.
-
-    The error of the extrapolation is taken as `cache.curvature` times the square of the time since then.
-    """
-    computed = [t for t, was_computed in zip(cache.timesteps, cache.schedule) if was_computed]
-    if len(computed) < 2 or cache.timesteps[-1] - computed[-1] > LONGEST_GAP:
-        return True
-    expected_error = 0.0
-    for previous, t in zip(cache.timesteps, cache.timesteps[1:]):
-        if t > computed[-1]:
-            expected_error += (t - previous) * cache.curvature * (t - computed[-1]) ** 2
-    return not expected_error < cache.settings.tolerance
-
-
-def spread(timesteps, last_computed, step, count):
-    """The `count` steps to compute from `step` on, the last one among them, with the least expected error.
-
-    The error expected of a skipped step is its length times the square of its distance from the last computed step, as
-    in by_tolerance. Distance is three quarters time and one quarter number of steps: a scheduler takes short steps where
-    its model needs them. Dynamic programming finds the least sum.
-    """
-    num_steps = len(timesteps)
-    count = min(count, num_steps - step)
-    if count < 1:
-        return []
-    times = np.clip(np.nan_to_num(timesteps), 0, 1)
-    times = (times - times[0]) / ((1 - times[0]) or 1)
-    position = 0.75 * num_steps * times + 0.25 * np.arange(num_steps)  # in mean steps
-    position = position[last_computed:]  # from here on, index 0 is the last computed step
-    length = np.diff(position, append=num_steps)
-    distance = np.triu(position - position[:, None])  # [j, m]: of step m from step j
-    errors = length * distance**2  # [j, m]: of skipping m, if j was the last computed step
-    costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k
-    costs = np.rint(100 * costs)  # whole numbers: rounding must not decide between equal sums
-    costs[np.tril_indices(len(position))] = math.inf  # k comes after j
-    costs[0, : step - last_computed] = math.inf  # a past step cannot be computed any more
-    least, previous = costs[0], []  # [k]: least cost if k is computed; the computed step before k
-    for _ in range(count - 1):
-        totals = least[:, None] + costs
-        least = totals.min(axis=0)
-        previous.append(totals.argmin(axis=0))
-    chosen = [len(position) - 1]
-    for before in reversed(previous):
-        chosen.append(before[chosen[-1]])
-    return [last_computed + int(k) for k in reversed(chosen)]
-
-
-def shifted_timesteps(timesteps, num_steps):
-    """All timesteps of a generation, estimated from those so far as a flow-matching scheduler spaces them.
-
-    Where the share g of the steps is left, sigma is shift g / (1 + (shift - 1) g), times the first sigma. The current
-    timestep tells the shift. Other spacings (Karras, beta) are estimated badly.
-    """
-    done = len(timesteps) - 1
-    left = 1 - done / num_steps
-    if left <= 0:  # none are to come
-        return list(timesteps)
-    first_sigma = (1 - timesteps[0]) or 1.0
-    sigma = (1 - timesteps[-1]) / first_sigma
-    shift = sigma * (1 - left) / (left * (1 - sigma)) if 0 < sigma < 1 else 1.0
-    g = 1 - np.arange(done + 1, num_steps) / num_steps
-    sigmas = first_sigma * shift * g / (1 + (shift - 1) * g)
-    return [*timesteps, *(1 - sigmas)]
-
-
-def extrapolate(points, t):
-    """v(t) = v1 + a(g) (v1 - v0), see the top of the file, from [(t0, v0), (t1, v1)]; v1 of [(t1, v1)] alone."""
-    t1, v1 = points[-1]
-    if len(points) == 1:
-        return v1.clone()
-    t0, v0 = points[0]
-    g = (t - t1) / (t1 - t0)
-    return v1 + (v1 - v0) * (g / (1 + DAMPING * g))
-
-
-def relative_l1(new, old):
-    """mean |new - old| / mean |old|, accumulated in float32; a tensor."""
-    return (new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)
-
-
-def rescale(change, coefficients):
-    """The published polynomial of a change, up to where it falls below zero.
-
-    Beyond, it was not fitted: the more changed, the more would be skipped. Infinity has the step computed.
-    """
-    roots = [root.real for root in np.roots(coefficients) if root.imag == 0 and root.real > 0]
-    falls = [root for root in roots if np.polyval(np.polyder(coefficients), root) < 0]
-    if change > min(falls, default=math.inf) or change == math.inf:
-        return math.inf
-    return np.polyval(coefficients, change)
+def new_generation(model, sigmas, first=0, timesteps=None):
+    """With the settings of the model, else of its class, else the constants. first: the step that it begins with."""
+    rel_l1_thresh, plan = getattr(model, "rel_l1_thresh", None), getattr(model, "computed_steps", None)
+    if rel_l1_thresh is None and plan is None:
+        rel_l1_thresh, plan = REL_L1_THRESH, COMPUTED_STEPS
+    if plan is not None and np.ndim(plan) == 0:
+        plan = [first + step for step in choose_steps(sigmas[first:], int(plan))]
+    elif plan is not None:
+        check_plan(plan, len(sigmas))
+    coefficients = getattr(model, "coefficients", None)
+    coefficients = COEFFICIENTS if coefficients is None else coefficients
+    return TeaCacheState(sigmas, plan, rel_l1_thresh or 0.0, coefficients, timesteps)
 
 
 # ---- what is kept ------------------------------------------------------------
 
 
 class Branch:
-    """The cache of one of the calls in a step. Guidance by two calls, with the prompt and without, has two."""
+    """The cache of one call in a step. Guidance, say, makes two calls: with the prompt, and without."""
 
-    def __init__(self, conditioning, mark, layout, step):
-        self.conditioning = conditioning  # tensors, by which its call is found in the next step
-        self.mark = mark  # one of them
-        self.layout = layout  # shape, dtype and device of the latents
-        self.step = step  # the last one in which it was called
-        self.previous_residual = None  # with a threshold: output minus input of the blocks, last computed step
-        self.outputs = []  # with extrapolation: (timestep, output) of the last two computed steps
-        self.error = None  # with extrapolation: its relative L1 error at the last computed step, a tensor
+    def __init__(self, layout, conditioning):
+        self.layout, self.conditioning = layout, conditioning
+        self.previous_modulated_input = None  # with a threshold: of the last step
+        self.previous_residual = None  # with a threshold: output minus input of the blocks at the last computed step
+        self.outputs = []  # with computed_steps: (sigma, output) of the last two computed steps
 
     @property
     def is_empty(self):
         return self.previous_residual is None and not self.outputs
 
-    def matches(self, conditioning):
-        """Equal values match: a caller may create its tensors anew at every call."""
-        return all(
-            a is b or torch.is_tensor(a) and torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
-            for a, b in zip(self.conditioning, conditioning)
-        )
-
-    def remember(self, timestep, output):
-        """Keep the output of a computed step, and how far the extrapolation would have been from it."""
-        earlier = [(t, v) for t, v in self.outputs if t < timestep]  # Heun's scheduler, say, repeats timesteps
-        self.error = relative_l1(self.forecast(timestep), output) if len(earlier) == 2 else None
-        self.outputs = [*earlier[-1:], (timestep, output.clone())]  # the caller may write into its output
-
-    def forecast(self, timestep):
-        return extrapolate(self.outputs, timestep)
+    def fits(self, layout, conditioning):
+        """Whether a call is the same as in the last step. Tensors that were made anew are compared by value."""
+        return self.layout == layout and all(map(is_same, self.conditioning, conditioning))
 
 
-class Settings(NamedTuple):
-    """What holds for a step, see `read_settings`."""
-
-    num_steps: int
-    coefficients: list
-    rel_l1_thresh: float | None
-    computed_steps: int | list | None
-    tolerance: float | None
-
-    @property
-    def rule(self):
-        """What decides which steps are computed; None: all are."""
-        if isinstance(self.computed_steps, (list, tuple)):
-            return by_plan
-        if self.computed_steps is not None:
-            return by_budget
-        if self.tolerance is not None:
-            return by_tolerance
-        return by_threshold if self.rel_l1_thresh > 0 else None
-
-
-def read_settings(model):
-    """The attributes of the model, else of its class, else the constants: each of them may be edited at any time."""
-    num_steps = getattr(model, "num_steps", None)
-    coefficients = getattr(model, "coefficients", None)
-    limits = [getattr(model, name, None) for name in ("rel_l1_thresh", "computed_steps", "tolerance")]
-    return Settings(
-        NUM_INFERENCE_STEPS if num_steps is None else num_steps,
-        COEFFICIENTS if coefficients is None else coefficients,
-        *limits_or_constants(*limits),
-    )
-
-
-def limits_or_constants(rel_l1_thresh=None, computed_steps=None, tolerance=None):
-    """The three settings of which one limits what is skipped: as given, or else the constant that is set."""
-    if rel_l1_thresh is not None or computed_steps is not None or tolerance is not None:
-        return rel_l1_thresh, computed_steps, tolerance
-    if COMPUTED_STEPS is not None:
-        return None, COMPUTED_STEPS, None
-    if TOLERANCE is not None:
-        return None, None, TOLERANCE
-    return REL_L1_THRESH, None, None
+def is_same(a, b):
+    if a is b or not (torch.is_tensor(a) and torch.is_tensor(b)):
+        return a is b
+    return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
 
 
 class TeaCacheState:
     """One generation of a network: `print(model.teacache)` shows which steps were computed."""
 
-    def __init__(self):
-        self.timesteps = []  # of the steps so far: 0 is noise, 1 the image
-        self.schedule = []  # one entry a step: True if computed, False if skipped, None while not decided
-        self.upcoming = None  # timesteps of the steps to come; None: a network alone does not know them
-        self.num_steps = None  # of the whole generation
-        self.plan = []  # under a number of computed steps: which they are
-        self.planned_for = None  # (computed steps, all steps) of the plan
-        self.settings = None  # those of the running step
-        self.rule = None  # by_threshold, by_budget, by_plan or by_tolerance; None: every step is computed
-        self.accumulated_rel_l1_distance = 0.0  # since the last computed step
-        self.previous_modulated_input = None  # of the first call of the last step
-        self.observed_branch = None  # the branch of that call
-        self.curvature = CURVATURE  # under a tolerance, see by_tolerance
-        self.branches = []
+    def __init__(self, sigmas=(), plan=None, rel_l1_thresh=0.0, coefficients=None, timesteps=None):
+        self.sigmas = sigmas  # of all steps: 1 is noise, 0 the image
+        self.plan = plan  # with computed_steps: which they are
+        self.rel_l1_thresh = rel_l1_thresh
+        self.coefficients = coefficients
+        self.timesteps = timesteps  # the scheduler's own tensor; None: a network alone
+        self.is_on = False  # whether this call may be skipped, and keeps what later ones reuse
+        self.step, self.sigma = -1, -math.inf  # the running step: none yet
+        self.index = None  # the scheduler's step_index when it was last seen
+        self.latents = None  # that the scheduler has returned
+        self.schedule = []  # one entry a step: whether it is computed
         self.calls = 0  # of the network in the running step
-        self.step_id = None  # the clock's number of the running step; None: not in a pipeline
-        self.thread = threading.get_ident()
+        self.branches, self.branches_before = [], []  # of the calls in the running step, and in the step before
+        self.accumulated_rel_l1_distance = 0.0  # since the last computed step
+        self.corrector = Corrector()
 
     def __repr__(self):
-        marks = "".join({True: "X", False: ".", None: "?"}[computed] for computed in self.schedule)
+        marks = "".join("X" if computed else "." for computed in self.schedule)
         return f"{self.schedule.count(True)} of {len(self.schedule)} steps computed: {marks}"
 
     @property
-    def step(self):
-        return len(self.timesteps) - 1
-
-    @property
     def is_last_step(self):
-        return self.num_steps is not None and self.step >= self.num_steps - 1
+        return self.step >= len(self.sigmas) - 1
 
     @property
-    def extrapolates(self):
-        return self.rule in (by_budget, by_plan, by_tolerance)
+    def next_sigma(self):
+        return 0.0 if self.is_last_step else self.sigmas[self.step + 1]
 
     @property
-    def needs_modulated_input(self):
-        """In the first call of a step, with a threshold."""
-        return self.rule is by_threshold and self.schedule[-1] is None
-
-    def all_timesteps(self):
-        """Of all steps. Those to come are known from the scheduler of a pipeline; a network alone estimates them."""
-        if self.upcoming is None:
-            return shifted_timesteps(self.timesteps, self.num_steps)
-        return self.timesteps + self.upcoming
-
-    def is_over(self, timestep, conditioning, mark, layout):
-        """Whether this call begins another generation, as far as calls alone can tell."""
-        if timestep < self.timesteps[-1] or self.was_interrupted:
-            return True
-        if self.step == 0 and self.is_last_step:  # of one step: the next may begin at the same timestep
-            return True
-        return timestep > self.timesteps[-1] and not self.knows(conditioning, mark, layout)
+    def by_threshold(self):
+        return self.is_on and self.plan is None
 
     @property
     def was_interrupted(self):
-        """Whether a call did not finish: a finished one has left a residual or an output."""
-        return self.rule is not None and any(branch.is_empty for branch in self.branches)
+        """Whether a call of the running step has not finished: it has left nothing to reuse."""
+        return any(branch.is_empty for branch in self.branches)
 
-    def knows(self, conditioning, mark, layout):
-        """Whether the last step had a call like this one. The mark is enough: a callback may replace the prompt."""
-        last = [branch for branch in self.branches if branch.step == self.step and branch.layout == layout]
-        return any(branch.mark is mark or branch.matches(conditioning) for branch in last)
+    def begin_step(self, step, sigma, index=None):
+        self.step, self.sigma, self.index = step, sigma, index
+        self.branches_before, self.branches, self.calls = self.branches, [], 0
+        if self.is_last_step:
+            self.branches_before = []  # nothing is reused any more
+        self.schedule.append(self.plan is None or step in self.plan)  # unless begin_call or accumulate change it
 
-    def begin_step(self, timestep, num_steps, settings, step_id=None, upcoming=None):
-        if settings.rule is by_plan:
-            check_plan(settings.computed_steps, num_steps)
-        self.branches = [branch for branch in self.branches if branch.step == self.step]  # the others have ended
-        if self.rule is by_tolerance:
-            self.measure_curvature()
-        self.timesteps.append(timestep)
-        self.upcoming = upcoming
-        self.num_steps = num_steps
-        self.settings = settings
-        self.step_id = step_id
-        self.calls = 0
-        rule = None if self.is_last_step else settings.rule  # the last step is always computed
-        if rule is not self.rule or self.is_last_step:
-            self.free()
-        self.rule = rule
-        is_decided = rule is None
-        self.schedule.append(True if is_decided else None)
-
-    def free(self):
-        """Let go of all tensors: the last step uses none, and another rule uses others."""
-        self.branches = []
-        self.previous_modulated_input = self.observed_branch = None
-
-    def find_branch(self, conditioning, mark, layout):
-        """The branch of this call, or a new one. Equal calls of a step (tiles, say) are told apart by their order."""
-        unused = [branch for branch in self.branches if branch.step != self.step and branch.layout == layout]
-        same_mark = [branch for branch in unused if branch.mark is mark]
-        others = [branch for branch in unused if branch.mark is not mark]
-        for branch in same_mark + others:  # in this order, as comparing values waits for the GPU
-            if branch.matches(conditioning):
-                branch.step = self.step
-                return branch
-        branch = Branch(conditioning, mark, layout, self.step)
-        if not self.is_last_step:
+    def begin_call(self, latents, *conditioning):
+        """The branch of this call: that of the same place in the step before, or an empty one if it is another call."""
+        layout = latents.shape, latents.dtype, latents.device
+        branch = self.branches_before[self.calls] if self.is_on and self.calls < len(self.branches_before) else None
+        if branch is None or not branch.fits(layout, conditioning):
+            branch = Branch(layout, conditioning)
+        self.calls += 1
+        if self.calls == 1 and branch.is_empty:
+            self.schedule[-1] = True
+        if self.is_on:
             self.branches.append(branch)
         return branch
 
+    def should_calc(self, branch):
+        """Whether this call runs the blocks: its step is computed, or it has nothing to reuse."""
+        return branch.is_empty or self.schedule[-1]
+
     def accumulate(self, branch, modulated_input):
-        """Add the rescaled change of the modulated input since the last step."""
-        change = math.inf  # unknown, if the first call of the last step was another: the step is computed
-        if self.observed_branch is branch:
-            change = relative_l1(modulated_input, self.previous_modulated_input).item()
-        self.accumulated_rel_l1_distance += rescale(change, self.settings.coefficients)
-        self.previous_modulated_input, self.observed_branch = modulated_input, branch
+        """TeaCache's rule, in the first call of a step: compute when the accumulated change reaches the threshold."""
+        if branch.previous_modulated_input is not None:
+            change = relative_l1(modulated_input, branch.previous_modulated_input)
+            self.accumulated_rel_l1_distance += rescale(change, self.coefficients)
+            self.schedule[-1] = not self.accumulated_rel_l1_distance < self.rel_l1_thresh  # NaN: compute
+        if self.schedule[-1]:
+            self.accumulated_rel_l1_distance = 0.0
+        branch.previous_modulated_input = modulated_input
 
-    def measure_curvature(self):
-        """After a computed step: the largest error over the square of the gap. It falls by a fifth at most."""
-        errors = [branch.error for branch in self.branches if branch.error is not None]
-        if self.schedule[-1] and errors:
-            t1, t2 = [t for t, computed in zip(self.timesteps, self.schedule) if computed][-2:]
-            error = torch.stack(errors).max().item()  # waits for the GPU
-            self.curvature = max(error / (t2 - t1) ** 2, 0.8 * self.curvature)
-
-    def end_call(self, branch, residual, output):
-        """Keep what a skipped step will use. At the end of a call, so that an interrupted one leaves nothing."""
-        if self.rule is by_threshold:
+    def keep(self, branch, output, residual):
+        """What a skipped step will use, at the end of a call: one that fails leaves nothing."""
+        if self.by_threshold:
             branch.previous_residual = residual
-        elif self.extrapolates:
-            branch.remember(self.timesteps[-1], output)
+        elif self.is_on:
+            earlier = [(s, v) for s, v in branch.outputs if s > self.sigma]  # Heun's scheduler, say, repeats a sigma
+            branch.outputs = [*earlier[-1:], (self.sigma, output.clone())]  # the caller may write into its output
+
+
+# ---- which steps are computed, and what the others use -----------------------
+
+
+def relative_l1(new, old):
+    """mean |new - old| / mean |old|, accumulated in float32."""
+    return ((new - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
+
+
+def rescale(change, coefficients):
+    """The polynomial of a change. Where it is negative above a change of 0.1, it was not fitted: infinity.
+
+    Small negative values are the fit's own, and are subtracted as published.
+    """
+    rescaled = np.polyval(coefficients, change)
+    return rescaled if rescaled >= 0 or change < 0.1 else math.inf
+
+
+def choose_steps(sigmas, count):
+    """`count` of the steps with these sigmas, the first and the last among them, with the least expected error.
+
+    The error expected of a skipped step is its length times the square of its distance from the last computed one.
+    Distance is three quarters sigma and one quarter number of steps: a scheduler takes short steps where its model
+    needs them. Dynamic programming finds the least sum.
+    """
+    num_steps = len(sigmas)
+    done = 1 - np.array(sigmas) / (sigmas[0] or 1)  # 0 at the first step, 1 at the image
+    position = 0.75 * num_steps * done + 0.25 * np.arange(num_steps)  # in mean steps
+    length = np.diff(position, append=num_steps)
+    errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
+    costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k
+    costs[:, -1] *= 2  # what is skipped just before the last step is made up for by half, see Corrector
+    costs = np.rint(100 * costs)  # whole numbers: rounding must not decide between equal sums
+    costs[np.tril_indices(num_steps)] = math.inf  # k comes after j
+    least, before = costs[0], []  # [k]: least sum if k is computed; the computed step before k
+    for _ in range(min(count, num_steps) - 2):
+        sums = least[:, None] + costs
+        least = sums.min(axis=0)
+        before.append(sums.argmin(axis=0))
+    chosen = [num_steps - 1]
+    for previous in reversed(before):
+        chosen.append(int(previous[chosen[-1]]))
+    return sorted({0, *chosen})
+
+
+def extrapolate(outputs, sigma):
+    """v(s) of the formula at the top, from [(s0, v0), (s1, v1)]; from [(s1, v1)] alone it is v1."""
+    (s0, v0), (s1, v1) = outputs[0], outputs[-1]
+    if len(outputs) == 1:
+        return v1.clone()
+    g = (s1 - sigma) / (s0 - s1)
+    return v1 + (v1 - v0) * (g / (1 + DAMPING * g))
 
 
 # ---- what is corrected -------------------------------------------------------
@@ -541,315 +429,177 @@ class TeaCacheState:
 class Corrector:
     """Moves the latents to where they would be, had the skipped steps known what the next computed step knows.
 
-    A skipped step uses a guessed velocity. At the next computed step the true one is known, so those of the skipped
-    steps can be interpolated, and the difference is made up for. With sigmas s, and the skipped steps j,
+    A skipped step j uses an extrapolated velocity. The next computed step shows the velocity v at its sigma s, so that
+    those in between can be interpolated: p(s[j]) on the polynomial through the last four computed velocities (fewer, as
+    long as there are fewer). With n, the sigma of the next step, the latents are moved by
 
-        latents += sum of (s[j+1] - s[j]) (interpolated(s[j]) - used[j]) / (1 + CAUTION e)
+        s / (2 s - n)  times the sum of  (s[j+1] - s[j]) (p(s[j]) - used[j])
 
-    e is the relative error of the extrapolation at the computed step: where it is large, the latents have drifted, and
-    the velocity computed there says less about the skipped steps. The idea is that of the corrector of a multistep
-    method, as in UniPC (arXiv 2302.04867), and for caches in PrediT (arXiv 2602.18093). Here it acts on the latents,
-    after guidance, however the steps were skipped.
+    Why the factor: v is measured at latents that have drifted by d. As long as the network predicts the same image
+    x - s v there, v is too large by d / s, and the step that follows, of length s - n, undoes (s - n) / s of the drift
+    by itself. The factor is 1 / (1 + (s - n) / s): nearly 1 in the short steps at the beginning, 1/2 in the last step.
 
-    Only with a pipeline whose scheduler is FlowMatchEulerDiscreteScheduler, without stochastic_sampling: with any
-    other, or on a network alone, nothing is corrected. CORRECT = False switches it off.
+    The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867), and for caches in PrediT
+    (arXiv 2602.18093). Here it acts on the latents, after guidance, however the steps were skipped.
     """
 
     def __init__(self):
-        self.computed = []  # (sigma, velocity) of the last two computed steps
+        self.computed = []  # (sigma, velocity) of the last three computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
-        self.latents = None  # that the last step returned
-        self.writes = None  # into these latents, at that time
-        self.calls = None  # of the network in the last step
+        self.kind = None  # number of calls and shape: where it changes, guidance has ended, say
 
-    def correct(self, latents, velocity, sigma, next_sigma, is_computed, calls):
-        """The latents after a step that was computed, or skipped, by this number of calls of the network."""
-        velocity = velocity.to(torch.float32, copy=True)
-        if is_computed:
-            latents = (latents + self.correction(sigma, velocity)).to(latents.dtype)
-            earlier = [(s, v) for s, v in self.computed if s > sigma]
-            self.computed = [*earlier[-1:], (sigma, velocity)]
-            self.skipped = []
-        else:
+    def correction(self, velocity, sigma, next_sigma, is_computed, calls):
+        """What to add to the latents after this step: the formula above, 0 after a skipped step."""
+        if self.kind != (calls, velocity.shape):
+            self.computed, self.skipped, self.kind = [], [], (calls, velocity.shape)
+        if not is_computed:
             self.skipped.append((sigma, next_sigma, velocity))
-        self.latents, self.writes, self.calls = latents, count_writes(latents), calls
-        return latents
-
-    def correction(self, sigma, velocity):
-        """The formula above; 0 if nothing was skipped, or if a scheduler repeats its sigma."""
-        if not self.skipped or not self.computed or sigma >= self.computed[-1][0]:
             return 0.0
-        s0, v0 = self.computed[-1]
+        earlier = [(s, v) for s, v in self.computed if s > sigma]  # a scheduler may repeat a sigma
         total = 0.0
-        for s, next_s, used in self.skipped:
-            interpolated = v0 + (velocity - v0) * ((s - s0) / (sigma - s0))
-            total = total + (next_s - s) * (interpolated - used)
-        error = norm(extrapolate(self.computed, sigma) - velocity) / norm(velocity)
-        return total / (1 + CAUTION * error)
-
-    def continues(self, latents, calls):
-        """Whether a step goes on from the last one: with as many calls, and with latents that nobody has replaced."""
-        if self.latents is None or calls != self.calls or count_writes(self.latents) != self.writes:
-            return False
-        return latents is self.latents or torch.equal(latents, self.latents)
+        if earlier and sigma > 0:
+            for s, next_s, used in self.skipped:
+                total = total + (next_s - s) * (interpolate([*earlier, (sigma, velocity)], s) - used)
+            total = total * (sigma / (2 * sigma - next_sigma))
+        self.computed, self.skipped = [*earlier[-2:], (sigma, velocity)], []
+        return total
 
 
-def norm(x):
-    """Euclidean norm of each image, in the shape (batch, 1, ...)."""
-    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
+def interpolate(points, s):
+    """The polynomial through points (sigma, velocity) at s, in Lagrange's form."""
+    total = 0.0
+    for i, (a, velocity) in enumerate(points):
+        total = total + velocity * math.prod((s - b) / (a - b) for j, (b, _) in enumerate(points) if j != i)
+    return total
 
 
-def count_writes(tensor):
-    """How often somebody wrote into a tensor. Those of torch.inference_mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version
+class CorrectedEulerScheduler(FlowMatchEulerDiscreteScheduler):
+    """The class of a pipeline's scheduler while TeaCache is applied: after a step, the latents are corrected.
 
+    It goes by the stock name, and what is copied, pickled or saved is a stock scheduler.
+    """
 
-# ---- which image and which step a call belongs to ----------------------------
-
-
-class Clock:
-    """What the scheduler of a pipeline knows: the running step, and the steps to come."""
-
-    def __init__(self, scheduler):
-        self.scheduler = scheduler
-        self.step_id = 0  # another number for each step of each generation
-        self.remaining = []  # timesteps of the running step and of those to come: 0 is noise, 1 the image
-        self.sigmas = []  # of all steps
-        self.has_restarted = False  # the timesteps were set, and the network has not been called since
-        self.cache = None  # the state of the network, when it was last called
-        self.corrector = Corrector()
-
-    def restart(self):
-        """The timesteps were set."""
-        length = getattr(self.scheduler.config, "num_train_timesteps", 1000)
-        self.remaining = [1 - t / length for t in self.scheduler.timesteps.tolist()]
-        self.sigmas = self.scheduler.sigmas.tolist() if self.can_correct else []
-        self.corrector = Corrector()
-        self.has_restarted = True
-        self.step_id += 1
-
-    def start_at(self, timestep):
-        """The network is called for the first time. Image to image leaves out the steps before."""
-        distances = [abs(t - timestep) for t in self.remaining]
-        self.remaining = self.remaining[distances.index(min(distances)) :]
-        self.has_restarted = False
-
-    def is_at(self, timestep):
-        """Whether this is the timestep of the running step, and not that of a loop with another scheduler."""
-        if not self.remaining:
-            return False
-        distances = [abs(t - timestep) for t in self.remaining]
-        return distances[0] == min(distances) and distances[0] < 0.002  # more than rounding
-
-    def end_step(self):
-        """The scheduler has stepped."""
-        self.remaining = self.remaining[1:]
-        self.step_id += 1
-        if not self.remaining:
-            self.corrector = Corrector()  # frees its tensors
-
-    @property
-    def can_correct(self):
-        """Only Euler steps: they move the latents by the velocity times the difference of two sigmas."""
-        is_euler = isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler)
-        return CORRECT and is_euler and not self.scheduler.config.get("stochastic_sampling")
-
-    def corrected(self, result, model_output, timestep, sample, *args, **kwargs):
-        """What `scheduler.step` returned for these arguments, with the latents corrected."""
-        cache = self.cache
-        was_seen = cache is not None and cache.step_id == self.step_id
-        if not was_seen or kwargs.get("per_token_timesteps") is not None:
-            self.corrector = Corrector()
-            return result
-        if not self.corrector.continues(sample, cache.calls):
-            self.corrector = Corrector()
-        i = self.scheduler.step_index - 1  # it has stepped already
-        latents = self.corrector.correct(
-            latents=result[0],
-            velocity=model_output,
-            sigma=self.sigmas[i],
-            next_sigma=self.sigmas[i + 1],
-            is_computed=cache.schedule[-1],
-            calls=cache.calls,
-        )
+    @functools.wraps(FlowMatchEulerDiscreteScheduler.step)  # pipelines inspect its parameters
+    def step(self, model_output, *args, **kwargs):
+        result = FlowMatchEulerDiscreteScheduler.step(
+            self, model_output, *args, **kwargs
+        )  # super() fails after removal
+        cache = vars(self).get("teacache")
+        is_running = cache is not None and cache.timesteps is self.timesteps and cache.step + 1 == self.step_index
+        if not is_running or cache.index == self.step_index:
+            return result  # the network was not called for it, or it is repeated
+        cache.index, latents = self.step_index, result[0]
+        if is_corrected(self):
+            velocity, is_computed = model_output.to(torch.float32, copy=True), cache.schedule[-1]
+            correction = cache.corrector.correction(velocity, cache.sigma, cache.next_sigma, is_computed, cache.calls)
+            latents = (latents + correction).to(latents.dtype)
+        cache.latents = latents
+        if cache.is_last_step:
+            cache.corrector, cache.latents = Corrector(), None  # frees the tensors
         return (latents, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=latents)
 
-
-def set_timesteps(clock, stock, *args, **kwargs):
-    result = stock(*args, **kwargs)
-    clock.restart()
-    return result
+    def __reduce_ex__(self, protocol):
+        state = {name: value for name, value in vars(self).items() if name != "teacache"}
+        return object.__new__, (FlowMatchEulerDiscreteScheduler,), state
 
 
-def step(clock, stock, *args, **kwargs):
-    result = stock(*args, **kwargs)
-    if clock.can_correct and clock.sigmas:
-        result = clock.corrected(result, *args, **kwargs)
-    clock.end_step()
-    return result
+CorrectedEulerScheduler.__name__ = FlowMatchEulerDiscreteScheduler.__name__  # save_pretrained writes these two
+CorrectedEulerScheduler.__module__ = FlowMatchEulerDiscreteScheduler.__module__
 
 
-def follow(scheduler):
-    """Wrap `set_timesteps` and `step` of this scheduler object, and return the clock that they move.
-
-    They keep their signatures, which pipelines inspect.
-    """
-    clock = Clock(scheduler)
-    for wrapper in (set_timesteps, step):
-        stock = getattr(scheduler, wrapper.__name__)
-        wrapped = functools.update_wrapper(functools.partial(wrapper, clock, stock), stock)
-        setattr(scheduler, wrapper.__name__, wrapped)
-    return clock
+def is_corrected(scheduler):
+    is_euler = type(scheduler) is CorrectedEulerScheduler and not scheduler.config.get("stochastic_sampling")
+    return CORRECT and is_euler
 
 
-def unfollow(clock):
-    """Restore the two methods. If somebody has wrapped them since, ours stay inside, and do nothing but count."""
-    clock.cache, clock.sigmas = None, []
-    for name in ("set_timesteps", "step"):
-        wrapper = vars(clock.scheduler).get(name)
-        if isinstance(wrapper, functools.partial) and wrapper.args[0] is clock:
-            stock = wrapper.args[1]
-            vars(clock.scheduler).pop(name)
-            if stock != getattr(clock.scheduler, name):
-                setattr(clock.scheduler, name, stock)  # wrapped by somebody before
-
-
-def begin_call(model, timestep, conditioning, mark, latents):
-    """The generation and the branch that this call of the network belongs to.
-
-    timestep: 0 (noise) to 1 (image). conditioning: tensors, or None, that tell the calls of a step apart. mark: one of
-    them that is the same object throughout a generation.
-    """
-    layout = latents.shape, latents.dtype, latents.device
-    if torch.is_grad_enabled() or not getattr(model, "enable_teacache", False):
-        cache = model.teacache = TeaCacheState()  # what was cached before this step would be too old after it
-        return cache, Branch(conditioning, mark, layout, step=None)
-    if "teacache" not in vars(model):
-        model.teacache = TeaCacheState()
-    clock = vars(model).get("teacache_clock")
-    cache = find_generation(model, clock, timestep, conditioning, mark, layout)
-    find_step(cache, clock, timestep, read_settings(model))
-    cache.calls += 1
-    if clock is not None:
-        clock.cache = cache
-    return cache, cache.find_branch(conditioning, mark, layout)
-
-
-def find_generation(model, clock, timestep, conditioning, mark, layout):
-    """The running generation, or a new one: the timesteps were set, or the call is like none of the last step."""
-    cache = model.teacache
-    if clock is not None and clock.has_restarted:
-        clock.start_at(timestep)
-    elif clock is not None and clock.is_at(timestep):
-        watch_threads(cache)
-        return cache
-    elif cache.timesteps and not cache.is_over(timestep, conditioning, mark, layout):
-        watch_threads(cache)
-        return cache
-    elif cache.timesteps:
-        warn_of_steps(cache, timestep)
-    if clock is not None and not clock.is_at(timestep) and model.num_steps is None:
-        ran = f"the scheduler that it was applied with is not used; {NUM_INFERENCE_STEPS} steps are assumed"
-        warnings.warn(f"TeaCache: {ran}: apply it to the pipeline again", stacklevel=4)
-    model.teacache = TeaCacheState()
-    return model.teacache
-
-
-def find_step(cache, clock, timestep, settings):
-    """Begin another step: the scheduler has stepped or, on a network alone, the timestep is another one."""
-    if clock is not None and clock.is_at(timestep):
-        if cache.step_id != clock.step_id:
-            num_steps = len(cache.timesteps) + len(clock.remaining)
-            cache.begin_step(timestep, num_steps, settings, clock.step_id, upcoming=clock.remaining[1:])
-    elif not cache.timesteps or timestep != cache.timesteps[-1]:
-        cache.begin_step(timestep, settings.num_steps, settings)
-
-
-def warn_of_steps(cache, timestep):
-    """Without a pipeline, only `num_steps` tells which step is the last."""
-    if not cache.is_last_step:
-        ran = f"the last generation ran {len(cache.timesteps)} of {cache.num_steps} steps (or was interrupted)"
-    elif timestep > cache.timesteps[-1]:
-        ran = f"there are more steps than num_steps, {cache.num_steps}"
-    else:
-        return
-    warnings.warn(f"TeaCache: {ran}: set num_steps to num_inference_steps", stacklevel=4)
-
-
-def watch_threads(cache):
-    """Warn if the running generation was begun by another thread."""
-    if cache.thread != threading.get_ident():
-        warnings.warn("TeaCache: two threads use one network at a time; give each its own", stacklevel=4)
-    cache.thread = threading.get_ident()
+def watch(scheduler, cache):
+    """Have Euler's scheduler correct the latents of this generation. Others stay as they are."""
+    if type(scheduler).__name__ == FlowMatchEulerDiscreteScheduler.__name__:
+        scheduler.__class__ = CorrectedEulerScheduler
+        scheduler.teacache = cache
 
 
 # ---- switching on and off ----------------------------------------------------
 
+ATTRIBUTES = "enable_teacache num_steps rel_l1_thresh computed_steps coefficients teacache teacache_scheduler".split()
+
 
 def apply_teacache(
-    model, num_steps=None, rel_l1_thresh=None, coefficients=None, *, computed_steps=None, tolerance=None
+    model, num_steps=None, rel_l1_thresh=None, coefficients=None, *, computed_steps=None, scheduler=None, tolerance=None
 ):
     """Switch TeaCache on for a pipeline, or for its network alone, before or after offloading is enabled.
 
-    model: with a pipeline, its scheduler tells where a generation begins and how many steps it has, from the next time
-    that its timesteps are set (a scheduler that is put in later is not followed), and skipped steps are corrected, see
-    Corrector. With the network alone, a generation begins where the timestep starts over: `num_steps` must be the
-    number of steps, and after a generation that was stopped in its first step TeaCache must be applied again.
-    num_steps: for the network alone.
-    rel_l1_thresh, computed_steps (a number, or a list of steps), tolerance: at most one; the default is the constants.
+    model: with a pipeline, its scheduler tells where a generation begins and which step is running, and skipped steps
+        are corrected, see Corrector. When another scheduler is put in, apply TeaCache again.
+    num_steps: of a generation of a network alone, which begins where the timestep starts over.
+    rel_l1_thresh, computed_steps: at most one; the default is the constants. computed_steps is a number, or a list of
+        steps, numbered as the scheduler's timesteps. Changed attributes hold from the next generation on.
     coefficients: of the polynomial for rel_l1_thresh, highest power first.
+    scheduler: for a network alone, in a loop of your own that calls its set_timesteps and step.
+    tolerance: is gone.
 
-    A network draws one image (or batch) at a time, unless several take turns in each step: threads need one each.
+    A network draws one image (or batch) at a time; threads need a network each. The calls of a step are known by their
+    order: it does not notice calls in changing order, calls on other latents (by a callback, or to warm up within the
+    first step), and prompts that are changed in place. Where a prompt is replaced, the step is computed. `del pipeline` needs `gc.collect()`.
     Returns `model`. Raises ValueError for settings or networks that cannot work.
     """
-    network = find_network(model)
-    if network is model and num_steps is None:
-        num_steps = NUM_INFERENCE_STEPS
-    check_settings(num_steps, rel_l1_thresh, computed_steps, tolerance, coefficients)
-    if network is not model and not hasattr(getattr(model, "scheduler", None), "set_timesteps"):
-        raise ValueError(f"this {type(model).__name__} has no scheduler: give its {NETWORK} alone, with num_steps")
+    if tolerance is not None:
+        raise ValueError("there is no tolerance any more: give computed_steps, say half of the steps")
+    network, scheduler = find_network(model), scheduler or getattr(model, "scheduler", None)
+    is_alone = network is model and scheduler is None
+    if not is_alone and not hasattr(scheduler, "step_index"):
+        name = type(model if scheduler is None else scheduler).__name__
+        raise ValueError(f"this {name} does not count steps: give the {NETWORK} alone, with num_steps")
+    steps = NUM_INFERENCE_STEPS if is_alone and num_steps is None else num_steps
+    check_settings(steps, rel_l1_thresh, computed_steps, coefficients)
     remove_teacache(model)
-    put_forward(network)
+    slot = find_forward(network, is_stock)
+    if slot is not None:
+        setattr(*slot, BoundForward(teacache_forward, network))
+    elif "enable_teacache" not in vars(network):  # ours is not inside of somebody's wrapper
+        raise ValueError(f"the forward of this {type(network).__name__} was replaced: apply TeaCache before that")
     network.enable_teacache = True
     network.num_steps = num_steps
     network.rel_l1_thresh = rel_l1_thresh
-    network.coefficients = coefficients
     network.computed_steps = computed_steps
-    network.tolerance = tolerance
+    network.coefficients = coefficients
     network.teacache = TeaCacheState()
-    if network is not model:
-        network.teacache_clock = follow(model.scheduler)
+    network.teacache_scheduler = scheduler
     return model
 
 
 def remove_teacache(model):
     """Restore the stock forward and the scheduler, and free the cache. Returns `model`."""
     network = find_network(model)
-    if "teacache_clock" in vars(network):
-        unfollow(network.teacache_clock)
-    slots = [(holder, name) for holder, name in forward_slots(network) if is_teacache(vars(holder).get(name))]
-    for holder, name in slots:
-        setattr(holder, name, MethodType(type(network).forward, network))
-    if (network, "forward") in slots:
+    slot = find_forward(network, is_teacache)
+    if slot == (network, "forward"):
         del network.forward  # the class has it
-    was_applied = "enable_teacache" in vars(network) or "teacache_is_wrapped" in vars(network)
-    was_on = was_applied and vars(network).get("enable_teacache", True)
-    for name in (*Settings._fields, "enable_teacache", "teacache", "teacache_clock", "teacache_is_wrapped"):
+    elif slot is not None:
+        setattr(*slot, MethodType(type(network).forward, network))
+    is_wrapped = slot is None and {"enable_teacache", "forward"} <= set(vars(network))  # somebody's wrapper has ours
+    scheduler = vars(network).get("teacache_scheduler")
+    if scheduler is not None and vars(scheduler).pop("teacache", None) is not None:
+        scheduler.__class__ = FlowMatchEulerDiscreteScheduler
+    for name in ATTRIBUTES:
         vars(network).pop(name, None)
-    if was_applied and not slots and "forward" in vars(network):
-        network.teacache_is_wrapped = True  # in a wrapper of somebody else's: it computes every step from now on
-    if not was_on and getattr(type(network), "enable_teacache", False):
-        network.enable_teacache = False  # the class has it on
+    if is_wrapped or getattr(network, "enable_teacache", False):  # or its class has it on
+        network.enable_teacache = False
     return model
+
+
+class BoundForward(functools.partial):
+    """`teacache_forward` of one network. Unlike a bound method it can be pickled."""
+
+    def __get__(self, instance, owner=None):
+        return self  # others, who take it for a bound method, bind it again
 
 
 def find_network(model):
     """The network of a pipeline, or the network itself. Its forward has the parameters of ours."""
     network = model if isinstance(model, torch.nn.Module) else getattr(model, NETWORK, None)
     is_module = isinstance(network, torch.nn.Module)
-    ours = inspect.signature(teacache_forward).parameters
     theirs = inspect.signature(type(network).forward).parameters if is_module else ()
-    if not set(ours) <= set(theirs):
+    if not set(inspect.signature(teacache_forward).parameters) <= set(theirs):
         name = type(model if network is None else network).__name__
         raise ValueError(
             f"TeaCache is for a pipeline or its {NETWORK}, as it was loaded, not for {name} "
@@ -858,62 +608,50 @@ def find_network(model):
     return network
 
 
-def forward_slots(network):
-    """Where a forward of this network can be, as (object, attribute): hooks put theirs around it."""
-    yield network, "forward"
-    yield network, "_old_forward"  # accelerate
-    for hook in getattr(vars(network).get("_diffusers_hook"), "_fn_refs", []):
-        yield hook, "original_forward"
-        yield hook, "forward"
+def find_forward(module, is_wanted):
+    """Where a forward is, as (object, attribute): hooks of accelerate and diffusers put theirs around it. Or None."""
+    references = getattr(vars(module).get("_diffusers_hook"), "_fn_refs", [])
+    slots = [(module, "_old_forward"), *itertools.product(references, ("original_forward", "forward"))]
+    slots.append((module, "forward"))
+    return next((slot for slot in slots if is_wanted(getattr(*slot, None))), None)
 
 
-def put_forward(network):
-    """Put `teacache_forward` in the place of the stock forward, inside of all hooks."""
-    slots = [(holder, name) for holder, name in forward_slots(network) if is_stock(vars(holder).get(name), network)]
-    if not slots and "forward" not in vars(network):
-        slots = [(network, "forward")]
-    for holder, name in slots:
-        setattr(holder, name, functools.partial(teacache_forward, network))  # unlike a bound method, it can be pickled
-    if not slots and "teacache_is_wrapped" not in vars(network):
-        raise ValueError(f"the forward of this {type(network).__name__} was replaced: apply TeaCache before that")
+def is_stock(forward):
+    """Whether it is the forward of its module's class, bound to the module."""
+    module = getattr(forward, "__self__", None)
+    return module is not None and forward.__func__ in [vars(cls).get("forward") for cls in type(module).__mro__]
 
 
 def is_teacache(forward):
     """By name: this module may have been reloaded, or imported under two names."""
-    function = getattr(forward, "func", None) or getattr(forward, "__func__", None)
-    return getattr(function, "__name__", None) == teacache_forward.__name__
+    return getattr(getattr(forward, "func", None), "__name__", None) == teacache_forward.__name__
 
 
-def is_stock(forward, network):
-    stock = [vars(cls).get("forward") for cls in type(network).__mro__]
-    return getattr(forward, "__self__", None) is network and forward.__func__ in stock
-
-
-def check_plan(plan, num_steps):
-    """A list of computed steps, from the first to the last one."""
-    if not plan or any(not isinstance(step, int) for step in plan) or list(plan) != sorted(set(plan)) or plan[0] != 0:
+def check_plan(plan, num_steps=None):
+    """Raise ValueError unless a list of computed steps goes from the first to the last step."""
+    if not len(plan) or list(plan) != sorted(set(plan)) or plan[0] != 0 or any(step % 1 for step in plan):
         raise ValueError(f"a list of computed_steps must be rising whole numbers from 0, not {plan}")
     if num_steps is not None and plan[-1] != num_steps - 1:
         raise ValueError(f"computed_steps is a list for {plan[-1] + 1} steps, not for {num_steps}")
 
 
-def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, tolerance=None, coefficients=None):
-    """Raise ValueError for settings that cannot work; num_steps is None if the scheduler will tell."""
-    if num_steps is not None and (not num_steps >= 1 or num_steps % 1):
+def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, coefficients=None):
+    """Raise ValueError for settings that cannot work. Those that are not given are the constants."""
+    if rel_l1_thresh is not None and computed_steps is not None:
+        raise ValueError("give rel_l1_thresh or computed_steps, not both")
+    if rel_l1_thresh is None and computed_steps is None:
+        rel_l1_thresh, computed_steps = REL_L1_THRESH, COMPUTED_STEPS
+    if num_steps is not None and (not 1 <= num_steps < math.inf or num_steps % 1):
         raise ValueError(f"the number of steps must be a whole number of at least 1, not {num_steps}")
-    if [rel_l1_thresh, computed_steps, tolerance].count(None) < 2:
-        raise ValueError("give only one of rel_l1_thresh, computed_steps and tolerance")
-    rel_l1_thresh, computed_steps, tolerance = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
-    if any(limit is not None and not 0 <= limit < math.inf for limit in (rel_l1_thresh, tolerance)):
-        raise ValueError("rel_l1_thresh and tolerance must be numbers of at least 0; 0 skips nothing")
-    if isinstance(computed_steps, (list, tuple)):
+    if rel_l1_thresh is not None and not 0 <= rel_l1_thresh < math.inf:
+        raise ValueError(f"rel_l1_thresh must be a number of at least 0, not {rel_l1_thresh}; 0 skips nothing")
+    if np.ndim(computed_steps) == 1:
         check_plan(computed_steps, num_steps)
-    elif computed_steps is not None and num_steps is None and (not computed_steps >= 2 or computed_steps % 1):
-        raise ValueError(f"computed_steps must be a whole number of at least 2, not {computed_steps}")
-    elif computed_steps is not None and num_steps is not None:
-        if computed_steps not in range(min(2, num_steps), num_steps + 1):
-            raise ValueError(f"computed_steps must be 2 to {num_steps}, the number of steps, not {computed_steps}")
-    if coefficients is not None and not (len(coefficients) and all(math.isfinite(c) for c in coefficients)):
+    elif computed_steps is not None:
+        least, most = min(2, num_steps or 2), num_steps or math.inf
+        if not least <= computed_steps <= most or computed_steps % 1:
+            raise ValueError(f"computed_steps must be a whole number from {least} to {most}, not {computed_steps}")
+    if coefficients is not None and not (len(coefficients) and np.isfinite(coefficients).all()):
         raise ValueError(f"coefficients must be finite numbers, not {coefficients}")
 
 
@@ -922,46 +660,12 @@ def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, tole
 # ------------------------------------------------------------------------------
 
 OUTPUT = Path("teacache_lumina2_output.png")
-LIMITS = "rel_l1_thresh", "computed_steps", "tolerance"
-FEW_STEPS = 5  # with fewer computed ones, plain steps may come closer, see warn_of_few_steps
 COMFYUI_PREFIX = "model.diffusion_model."  # of the names of weights in single files for ComfyUI
-WHICH_SETTING = """\
-which setting?    line to edit         or flag              at shift 6, 30 steps
-TeaCache's rule   REL_L1_THRESH = 0.3  --rel-l1-thresh 0.3  24 computed, 44.3 dB
-N times fewer     COMPUTED_STEPS = 15  --computed-steps 15  15 computed, 61.4 dB
-no visible change TOLERANCE = 0.003    --tolerance 0.003    14 computed, 60.4 dB
-"""
 
 
-class FlagParser(argparse.ArgumentParser):
-    """Takes --computed_steps for --computed-steps, and so on. An error is one line that mentions --help."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([with_hyphens(word) for word in words], namespace)
-
-    def error(self, message):
-        super().error(" ".join(str(message).split()) + " (see --help)")
-
-
-def with_hyphens(word):
-    """--computed-steps=15 for --computed_steps=15; what is no flag is returned as it is."""
-    flag, equals, value = word.partition("=")
-    return flag.replace("_", "-") + equals + value if flag.startswith("--") else word
-
-
-def parse_args(argv=None, extend=lambda parser: None):
-    """The arguments, checked before anything is loaded. `extend` adds or replaces flags, for other tools.
-
-    A tool may set the defaults `default_output` (None: it writes no picture) and `beside`, suffixes of the files that
-    it writes beside the picture.
-    """
-    parser = FlagParser(
-        usage=argparse.SUPPRESS,
-        conflict_handler="resolve",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=WHICH_SETTING,
-    )
+def build_parser():
+    """The flags. Other tools take them from here, and add or replace some."""
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, conflict_handler="resolve")
     add = parser.add_argument
     add("--model", help=f"folder or Hub name; default {MODEL} with a CUDA GPU, else the bundled emoji model")
     add("--transformer", metavar="FILE", help="single-file checkpoint of the transformer, such as Neta Lumina")
@@ -969,7 +673,6 @@ def parse_args(argv=None, extend=lambda parser: None):
     add("--negative-prompt", default=NEGATIVE_PROMPT)
     add("--rel-l1-thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
     add("--computed-steps", type=int, help="instead of a threshold: number of computed steps")
-    add("--tolerance", type=float, help="instead of a threshold: largest expected error, say 0.003")
     add("--num-inference-steps", type=int, default=NUM_INFERENCE_STEPS)
     add("--height", type=int, default=HEIGHT)
     add("--width", type=int, default=WIDTH)
@@ -979,122 +682,63 @@ def parse_args(argv=None, extend=lambda parser: None):
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default bfloat16 on a GPU, float32 on a CPU")
     add("--offload", choices=["none", "model", "sequential"], default="none", help="keep the weights in CPU memory")
     add("--output", type=Path, help=f"a new file; default {OUTPUT}, or the next free number")
-    parser.set_defaults(default_output=OUTPUT, beside=())
-    extend(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+@contextlib.contextmanager
+def one_line_errors(parser):
+    """What goes wrong within ends the program with one line, whether it was seen in advance or not."""
     try:
-        bundled = choose_model(args)
-        check_flags(args)
-        if args.default_output is not None:
-            args.output = args.output or free_name(args.default_output, args.beside)
-            check_output(args.output, args.beside)
-    except (ValueError, OSError) as error:
-        parser.error(error)
-    if bundled:
-        print(f"No CUDA GPU: using the bundled emoji model. For the real one: --model {MODEL}")
-    return args
+        yield
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        parser.error(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
-def choose_model(args):
-    """Set model, device and dtype where they are not given. Returns whether the bundled model was chosen."""
+def check_args(args):
+    """Fill in setting, model, device and dtype. Raise ValueError for what is seen to be wrong without loading."""
+    if args.rel_l1_thresh is None and args.computed_steps is None:
+        args.computed_steps = COMPUTED_STEPS
+        args.rel_l1_thresh = REL_L1_THRESH if COMPUTED_STEPS is None else None
+    check_settings(args.num_inference_steps, args.rel_l1_thresh, args.computed_steps)
+    for size in (args.height, args.width):
+        if size is not None and (size < 16 or size % 16):
+            raise ValueError(f"--height and --width must be multiples of 16, not {size}")
+    file = args.transformer or ""
+    if file.endswith(".gguf"):
+        own_code = "load it in your own code with diffusers' GGUFQuantizationConfig, then apply_teacache(pipeline)"
+        raise ValueError(f"--transformer {file} is a GGUF file: give a .safetensors file, or {own_code}")
+    if file and "://" not in file and not Path(file).is_file():
+        raise ValueError(f"--transformer {file}: no such file")
     args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    bundled = args.model is None and args.device != "cuda"
-    if bundled:
+    if args.model is None and args.device == "cuda":
+        args.model = MODEL
+    elif args.model is None:
         if not BUNDLED_MODEL.is_dir():
             raise ValueError(f"no CUDA GPU for the real model, no bundled one: give --model, {MODEL} or a small one")
+        print(f"No CUDA GPU: using the bundled emoji model. For the real one: --model {MODEL}")
         args.model, args.device = str(BUNDLED_MODEL), "cpu"
-    args.model = args.model or MODEL
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    return bundled
 
 
-def check_flags(args):
-    """Raise ValueError or OSError for what cannot work. Of the model it reads the configuration only."""
-    check_settings(args.num_inference_steps, **limits_of(args))
-    check_seed(args.seed)
-    if not (math.isfinite(args.guidance_scale) and math.isfinite(args.cfg_trunc_ratio)):
-        raise ValueError("--guidance-scale and --cfg-trunc-ratio must be finite numbers")
-    kind = Lumina2Pipeline.load_config(args.model).get("_class_name")
-    if kind not in ("Lumina2Pipeline", "Lumina2Text2ImgPipeline"):
-        raise ValueError(f"{args.model} is a {kind}: give a Lumina2Pipeline, such as {MODEL}")
-    config = Lumina2Transformer2DModel.load_config(args.model, subfolder="transformer")
-    with torch.device("meta"):  # names and shapes without weights
-        network = Lumina2Transformer2DModel.from_config(config)
-    _, rows, columns = network.config.axes_lens  # most patches of 16 pixels that the model knows positions for
-    check_size("--height", args.height, 16 * rows)
-    check_size("--width", args.width, 16 * columns)
-    if args.transformer:
-        check_transformer(args.transformer, network, args.model)
+def check_output(picture, *beside):
+    """Raise ValueError or OSError if the picture, or a file beside it, exists or cannot be written."""
+    if picture.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--output {picture} must end in .png, .jpg, .jpeg or .webp")
+    for path in (picture, *beside):
+        path.open("x").close()
+        path.unlink()
 
 
-def check_seed(seed):
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"the seed must be at most {2**64 - 1}, not {seed}")
-
-
-def check_size(flag, size, longest):
-    if size is not None and (not 0 < size <= longest or size % 16):
-        raise ValueError(f"{flag} must be a multiple of 16, at most {longest} for this model, not {size}")
-
-
-def check_transformer(file, network, model):
-    """Raise ValueError unless the file has all weights of the network."""
-    is_url = "://" in file
-    if not is_url and not Path(file).is_file():
-        raise ValueError(f"--transformer {file}: no such file")
-    if file.endswith(".gguf") or not is_url and Path(file).open("rb").read(4) == b"GGUF":
-        own_code = "or load it in your own code with diffusers' GGUFQuantizationConfig, then apply_teacache(pipeline)"
-        raise ValueError(f"--transformer {file} is a GGUF file: give a .safetensors file, {own_code}")
-    try:
-        weights = read_transformer(file)  # mapped into memory, hardly read
-    except Exception as error:
-        raise ValueError(f"--transformer {file} cannot be read as a checkpoint: download it again") from error
-    try:
-        weights = convert_lumina2_to_diffusers(weights)
-    except RuntimeError:  # it splits by the widths of Lumina-Image-2.0
-        weights = {}
-    shapes = {name: weight.shape for name, weight in network.state_dict().items()}
-    wrong = [name for name in shapes if name not in weights or weights[name].shape != shapes[name]]
-    if wrong:
-        which = f"{len(wrong)} of {len(shapes)} weights are missing or of another size, such as {wrong[0]}"
-        raise ValueError(f"--transformer {file} does not fit --model {model}: {which}")
-
-
-def read_transformer(file):
-    """{name: weight} of a single file; of one for ComfyUI those of the transformer, as diffusers' converter needs."""
-    weights = load_single_file_checkpoint(file)
-    prefixed = [name for name in weights if name.startswith(COMFYUI_PREFIX)]
-    return {name.removeprefix(COMFYUI_PREFIX): weights[name] for name in prefixed or weights}
-
-
-def check_output(path, beside=()):
-    """Raise ValueError if the picture, or a file beside it, exists or cannot be written."""
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--output {path} must end in .png, .jpg, .jpeg or .webp")
-    for file in files_of(path, beside):
-        try:
-            file.open("x").close()
-            file.unlink()
-        except FileExistsError:
-            raise ValueError(f"--output: {file} exists: give another name, or remove it") from None
-        except OSError as error:
-            raise ValueError(f"--output {file} cannot be written ({error.strerror}): give another folder") from None
-
-
-def files_of(path, beside):
-    return [path, *map(path.with_suffix, beside)]
-
-
-def free_name(path, beside=()):
+def free_name(path):
     """output.png, or output_2.png where that exists, and so on."""
     names = itertools.chain([path], (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(2)))
-    return next(name for name in names if not any(map(os.path.lexists, files_of(name, beside))))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 @contextlib.contextmanager
 def complete_file(path):
     """`with complete_file(path) as draft`: what is written to `draft` becomes `path`, or is removed after an error."""
-    draft = path.with_name(f".{path.stem[:40]}.{os.getpid()}{path.suffix}")
+    draft = path.with_name(f".{path.stem[-40:]}.{os.getpid()}.draft{path.suffix}")
     try:
         yield draft
         draft.replace(path)
@@ -1102,27 +746,25 @@ def complete_file(path):
         draft.unlink(missing_ok=True)
 
 
-def limits_of(args):
-    return {name: getattr(args, name) for name in LIMITS}
-
-
-def warn_of_few_steps(num_steps, rel_l1_thresh=None, computed_steps=None, tolerance=None):
-    """Of a budget that is too small. Thresholds and tolerances compute more."""
-    _, budget, _ = limits_or_constants(rel_l1_thresh, computed_steps, tolerance)
-    budget = len(budget) if isinstance(budget, (list, tuple)) else budget
-    if budget is not None and budget < min(FEW_STEPS, num_steps):
-        reason = "of 30 steps of the bundled model, 4 plain ones are closer at shift 2, 4 computed ones at shift 6"
-        plain = f"--num-inference-steps {budget} --rel-l1-thresh 0"
-        print(f"Warning: {budget} computed steps are few ({reason}). Try {plain}", file=sys.stderr)
+def load_transformer(file, model, **options):
+    """The transformer of a single file. One for ComfyUI may hold other models too, and has a prefix to its names."""
+    weights = load_single_file_checkpoint(file)
+    prefixed = {name.removeprefix(COMFYUI_PREFIX): weights[name] for name in weights if name.startswith(COMFYUI_PREFIX)}
+    of = {"config": model, "subfolder": "transformer"}
+    try:
+        return Lumina2Transformer2DModel.from_single_file(prefixed or weights, **of, **options)
+    except (ValueError, RuntimeError, KeyError) as error:  # such as "no data" of a weight that the file lacks
+        raise ValueError(f"--transformer {file} does not fit --model {model}: {error}") from error
 
 
 def load_pipeline(args):
     warnings.simplefilter("ignore", FutureWarning)  # of diffusers, whose oldest version knows only torch_dtype
+    kind = Lumina2Pipeline.load_config(args.model)["_class_name"]
+    if not kind.startswith("Lumina2"):  # others may load for minutes, as they have parts of the same names
+        raise ValueError(f"{args.model} is a {kind}: give a Lumina2Pipeline, such as {MODEL}")
     options = {"torch_dtype": getattr(torch, args.dtype)}
     if args.transformer:
-        of = {"config": args.model, "subfolder": "transformer"}
-        weights = read_transformer(args.transformer)
-        options["transformer"] = Lumina2Transformer2DModel.from_single_file(weights, **of, **options)
+        options["transformer"] = load_transformer(args.transformer, args.model, **options)
     pipeline = Lumina2Pipeline.from_pretrained(args.model, **options)
     # Recipes:
     # pipeline.load_lora_weights("style.safetensors")
@@ -1137,7 +779,7 @@ def load_pipeline(args):
 
 def generate(pipeline, args):
     """Returns a PIL image, the seconds that it took, and the schedule: True for each computed step."""
-    apply_teacache(pipeline, **limits_of(args))
+    apply_teacache(pipeline, rel_l1_thresh=args.rel_l1_thresh, computed_steps=args.computed_steps)
     names = "prompt negative_prompt num_inference_steps height width guidance_scale cfg_trunc_ratio".split()
     generator = torch.Generator().manual_seed(args.seed)  # on the CPU: equal noise on every device
     began = time.perf_counter()
@@ -1145,22 +787,23 @@ def generate(pipeline, args):
     return image, time.perf_counter() - began, pipeline.transformer.teacache.schedule
 
 
-def setting_of(args):
-    """Such as "computed_steps 15"."""
-    limits = zip(LIMITS, limits_or_constants(**limits_of(args)))
-    return next(f"{name} {value}" for name, value in limits if value is not None)
-
-
 def main(argv=None):
-    args = parse_args(argv)
-    warn_of_few_steps(args.num_inference_steps, **limits_of(args))
-    pipeline = load_pipeline(args)
-    image, seconds, schedule = generate(pipeline, args)
-    output = free_name(args.output)  # another run may have taken the name
-    with complete_file(output) as draft:
-        image.save(draft)
-    corrected = ", corrected" if False in schedule and pipeline.transformer.teacache_clock.can_correct else ""
-    steps = f"{sum(schedule)} of {len(schedule)} steps computed ({setting_of(args)}{corrected})"
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    with one_line_errors(parser):
+        args.output = args.output or free_name(OUTPUT)
+        check_output(args.output)
+        check_args(args)
+        pipeline = load_pipeline(args)
+        image, seconds, schedule = generate(pipeline, args)
+        output = free_name(args.output)  # another run may have taken the name
+        with complete_file(output) as draft:
+            image.save(draft)
+    name = "rel_l1_thresh" if args.computed_steps is None else "computed_steps"
+    setting = f"{name} {getattr(args, name)}"
+    if False in schedule and is_corrected(pipeline.scheduler):
+        setting += ", corrected"
+    steps = f"{sum(schedule)} of {len(schedule)} steps computed ({setting})"
     print(f"saved {output}: {seconds:.1f} s, {steps}, seed {args.seed}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 GPUS = {key: value for key, value in os.environ.items() if key == "CUDA_VISIBLE_DEVICES"}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-for-bit figures are the CPU's, also where there is a GPU
-os.environ["OMP_NUM_THREADS"] = "1"  # the same bits in every process; the tests run in parallel instead
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in parallel instead
 
 import pytest
 import torch
@@ -71,7 +71,7 @@ def two_processes(*command, **env):
         port = free.getsockname()[1]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
     command = [str(word) for word in (*launcher, "--main_process_port", port, *command)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", **env}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
 
 

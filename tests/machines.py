@@ -1,11 +1,12 @@
 """Both scripts by one interface, and an oracle: TeaCache written a second time, around the stock forward."""
 
-import itertools
+import copy
 
 import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 
-DAMPING, CURVATURE, IDENTITY = 0.25, 60.0, [1.0, 0.0]
+DAMPING, IDENTITY = 0.25, [1.0, 0.0]
 
 
 class Machine:
@@ -51,7 +52,7 @@ class Lumina2(Machine):
         return self.models.tiny_model(seed, num_layers=1)
 
     def block(self, model):
-        return model.layers[0]
+        return model.layers[0].attn  # the block itself is called for its modulated input, too
 
     def last(self, model):
         return model.norm_out
@@ -83,8 +84,8 @@ class Lumina2(Machine):
         yield norm.register_forward_hook(lambda module, inputs, output: seen.update(signal=output[0]))
         yield model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.update(before=inputs[0]))
 
-    def time(self, args, kwargs):
-        return kwargs["timestep"][0].item()
+    def sigma(self, args, kwargs):
+        return (1 - kwargs["timestep"][0]).item()
 
 
 class Memo(Machine):
@@ -138,61 +139,39 @@ class Memo(Machine):
 
         yield model.down_blocks[0].register_forward_pre_hook(look, with_kwargs=True)
 
-    def time(self, args, kwargs):
+    def sigma(self, args, kwargs):
         timestep = kwargs["timestep"]
-        times = [float(t) for t in (timestep if isinstance(timestep, list) else [timestep])]
-        return 1 - sum(times) / len(times) / 1000
+        times = [torch.as_tensor(t).float().mean() for t in (timestep if isinstance(timestep, list) else [timestep])]
+        return (torch.stack(times).mean() / 1000).item()
 
 
-def expected_times(times, num_steps):
-    """Of all steps, where only those so far are known. The odds of sigma are the shift times those of the steps left."""
-    start, odds = (1 - times[0]) or 1.0, lambda x: x / (1 - x)
-    sigma, step = (1 - times[-1]) / start, len(times) - 1
-    shift = odds(sigma) / odds(1 - step / num_steps) if 0 < sigma < 1 else 1.0
-    later = [shift * odds(1 - i / num_steps) for i in range(step + 1, num_steps)]
-    return [*times, *(1 - start * x / (1 + x) for x in later)]
-
-
-def choose_steps(times, last, count):
-    """The choice of steps for a budget, written a second time: all are tried. Of equal ones, the earliest at the end."""
-    steps = len(times)
-    way = [0.75 * steps * (t - times[0]) / ((1 - times[0]) or 1.0) + 0.25 * i for i, t in enumerate(times)] + [steps]
-
-    def error(j, k):
-        return round(100 * sum((way[m + 1] - way[m]) * (way[m] - way[j]) ** 2 for m in range(j + 1, k)))
-
-    choices = itertools.combinations(range(last + 1, steps - 1), min(count, steps - 1 - last) - 1) if count else ()
-    sums = {chosen: sum(map(error, (last, *chosen), (*chosen, steps - 1))) for chosen in choices}
-    best = min(sums, key=lambda chosen: (sums[chosen], chosen[::-1]), default=None)
-    return [] if best is None else [*best, steps - 1]
-
-
-def rescale(poly, change):
-    """The polynomial; without end where the change lies beyond the first place at which it sinks below zero."""
-    places = [r.real for r in poly.r if not r.imag and r.real > 0 and poly(0.999 * r.real) > 0 > poly(1.001 * r.real)]
-    return np.inf if places and change > min(places) else poly(change)
+def twin(model):
+    """A network of its own with the very weights of the other: bit for bit holds for the same tensors in memory."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
 class Oracle:
     """Runs the stock forward at every call, and puts what a skipped one would give in place of its output.
 
-    It is told the step and the branch (`where`) instead of finding them out.
+    It is told the step and the branch (`where`) instead of finding them out, and the steps that are chosen.
     """
 
     def __init__(
-        self, machine, model, num_steps, rel_l1_thresh=None, coefficients=IDENTITY, computed_steps=None, tolerance=None
+        self, machine, model, num_steps, rel_l1_thresh=None, coefficients=IDENTITY, computed_steps=None, sigmas=None
     ):
-        self.machine, self.model, self.num_steps, self.budget = machine, model, num_steps, computed_steps
-        self.thresh, self.poly = rel_l1_thresh, np.poly1d(coefficients)
-        self.tolerance, self.errors = tolerance, {}  # step: the largest error of its forecasts
-        self.schedule, self.times, self.changes, self.branches, self.accumulated = [], [], [], {}, 0.0
-        self.last, self.where, self.chosen = (None, None), None, None
+        self.machine, self.model, self.num_steps = machine, model, num_steps
+        self.thresh, self.coefficients, self.plan, self.sigmas = rel_l1_thresh, coefficients, computed_steps, sigmas
+        if isinstance(computed_steps, int):
+            even = [1 - step / num_steps for step in range(num_steps)]
+            self.plan = machine.script.choose_steps(sigmas or even, computed_steps)
+        self.schedule, self.changes, self.branches, self.accumulated = [], [], {}, 0.0
+        self.last, self.where = (None, None), None
 
     def at(self, step, branch, count):
         self.where = step, branch
 
     def __call__(self, *args, **kwargs):
-        (step, branch), seen, time = self.where, {}, self.machine.time(args, kwargs)
+        (step, branch), seen = self.where, {}
         memory = self.branches.setdefault(branch, {})
         if memory.get("step") not in (step, step - 1):
             memory.clear()
@@ -201,10 +180,9 @@ class Oracle:
 
         def last_module(module, inputs):
             if len(self.schedule) == step:
-                self.times.append(time)
                 self.schedule.append(bool(self.decide(step, branch, needed, seen["signal"])))
             seen["skip"] = not self.schedule[step] and not needed
-            if seen["skip"] and self.thresh is not None:
+            if seen["skip"] and self.plan is None:
                 return seen["before"] + memory["made"], *inputs[1:]
             seen["residual"] = inputs[0] - seen["before"]
 
@@ -215,61 +193,132 @@ class Oracle:
         finally:
             for hook in hooks:
                 hook.remove()
-        if self.thresh is not None:
+        sigma = self.sigmas[step] if self.sigmas else self.machine.sigma(args, kwargs)
+        if self.plan is None:
             memory["made"] = memory["made"] if seen["skip"] else seen["residual"]
         elif seen["skip"]:
-            output = self.forecast(memory, time)
+            output = self.forecast(memory["made"], sigma)
         else:
-            earlier = [(t, x) for t, x in memory.get("made", []) if t != time]
-            if len(earlier) == 2:
-                error = (self.forecast(memory, time) - output).abs().mean() / output.abs().mean()
-                self.errors[step] = max(self.errors.get(step, 0.0), error.item())
-            memory["made"] = [*earlier[-1:], (time, output.clone())]
+            earlier = [(s, v) for s, v in memory.get("made", []) if s != sigma]
+            memory["made"] = [*earlier[-1:], (sigma, output.clone())]
         return (output,)
 
-    def forecast(self, memory, time):
-        (t1, output), *earlier = memory["made"][::-1]
+    def forecast(self, made, sigma):
+        (s1, output), *earlier = made[::-1]
         if not earlier:
             return output
-        t0, before = earlier[0]
-        g = (time - t1) / (t1 - t0)
+        s0, before = earlier[0]
+        g = (s1 - sigma) / (s0 - s1)
         return output + (output - before) * (g / (1 + DAMPING * g))
-
-    def is_due(self, step):
-        """Whether a budget has this step: chosen once, and again if another one had to be computed."""
-        done = [i for i, computed in enumerate(self.schedule) if computed]
-        if self.chosen is None or self.chosen[: len(done)] != done:
-            times = expected_times(self.times, self.num_steps)
-            self.chosen = done + choose_steps(times, done[-1], self.budget - len(done))
-        return step in self.chosen
-
-    def is_wrong(self, step):
-        """Whether the errors that are expected since the last computed step add up to the tolerance."""
-        at = [i for i, computed in enumerate(self.schedule) if computed]
-        if len(at) < 2 or self.times[step] - self.times[at[-1]] > 0.2:
-            return True
-        curvature = CURVATURE
-        for i, j in zip(at, at[1:]):
-            if j in self.errors:
-                curvature = max(self.errors[j] / (self.times[j] - self.times[i]) ** 2, 0.8 * curvature)
-        total = 0.0
-        for i in range(at[-1] + 1, step + 1):
-            total += (self.times[i] - self.times[i - 1]) * curvature * (self.times[i] - self.times[at[-1]]) ** 2
-        return not total < self.tolerance
 
     def decide(self, step, branch, needed, signal):
         (decider, old), self.last = self.last, (branch, signal)
         compute = step == 0 or step >= self.num_steps - 1 or needed or self.thresh == 0
-        if not compute and self.budget is not None:
-            compute = self.is_due(step)
-        elif not compute and self.tolerance is not None:
-            compute = self.is_wrong(step)
+        if not compute and self.plan is not None:
+            compute = step in self.plan
         elif not compute:
             change = np.nan
             if decider == branch:
                 change = ((signal - old).abs().mean(dtype=torch.float32) / old.abs().mean(dtype=torch.float32)).item()
             self.changes.append(change)
-            self.accumulated += rescale(self.poly, change)
+            rescaled = np.polyval(self.coefficients, change)
+            self.accumulated += np.inf if change >= 0.1 and rescaled < 0 else rescaled
             compute = not self.accumulated < self.thresh
         self.accumulated = 0.0 if compute else self.accumulated
         return compute
+
+
+class Stopped(Exception):
+    pass
+
+
+def set_timesteps(scheduler, steps):
+    """As Lumina2Pipeline does, where the scheduler can."""
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    else:
+        scheduler.set_timesteps(steps)
+
+
+def sigmas_of(scheduler):
+    return (scheduler.timesteps.double() / 1000).tolist()
+
+
+class Loop:
+    """A pipeline of a network and a scheduler: it draws without guidance, one or more latents at a time."""
+
+    def __init__(self, machine, scheduler=None, model=None):
+        self.machine, self.job = machine, machine.job(guided=False)
+        self.scheduler = scheduler or FlowMatchEulerDiscreteScheduler(shift=2.0)
+        self.model = model or machine.model()
+        setattr(self, machine.script.NETWORK, self.model)
+
+    def latents(self, seed):
+        shape = (1, 4, 4, 4) if self.machine.name == "lumina2" else self.job.shape
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+    def call(self, latents, t, job=None, model=None):
+        job, model = job or self.job, model or self.model
+        if self.machine.name == "lumina2":
+            time, (embeds, mask) = (1 - t / 1000).expand(len(latents)), job["cond"]
+            inputs = {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+            return -model(hidden_states=latents, timestep=time, **inputs, return_dict=False)[0]
+        return model(latents, timestep=t, return_dict=False, **job.inputs)[0]
+
+    @torch.no_grad()
+    def draw(self, steps=8, start=0, seeds=(0,), stop=None, job=None, euler=False, before=None, after=None, model=None):
+        """The last latents. start: the first step; several seeds: that many calls of each step; stop: before this step.
+
+        before(i) gives the conditioning of a step, or None; after(i, t, velocity, latents) is a callback.
+        """
+        set_timesteps(self.scheduler, steps)
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(start)
+        latents = [self.latents(seed) for seed in seeds]
+        sigmas = self.scheduler.sigmas
+        for i, t in enumerate(self.scheduler.timesteps[start:], start):
+            if i == stop:
+                raise Stopped
+            job = (before and before(i)) or job
+            velocities = [self.call(x, t, job, model) for x in latents]
+            if euler:  # without the scheduler
+                latents = [x + (sigmas[i + 1] - sigmas[i]) * v for x, v in zip(latents, velocities)]
+                continue
+            velocity, joint = torch.cat(velocities), torch.cat(latents)
+            joint = self.scheduler.step(velocity, t, joint, return_dict=False)[0]
+            latents = list(joint.split(1))
+            if after:
+                after(i, t, velocity, joint)
+        return latents
+
+    def stopped(self, at, **kwargs):
+        """An image that is stopped before this step."""
+        try:
+            self.draw(stop=at, **kwargs)
+        except Stopped:
+            pass
+
+    @property
+    def schedule(self):
+        return self.model.teacache.schedule
+
+    def apply(self, **way):
+        return self.machine.script.apply_teacache(self, **way)
+
+
+def kept(model):
+    """The tensors that TeaCache holds, but for the scheduler's own timesteps."""
+    from conftest import tensors_in
+
+    return [t for t in tensors_in(model.teacache) if t is not model.teacache.timesteps]
+
+
+def fresh(loop, way, *args, **kwargs):
+    """What a new network with these weights and a new scheduler give: the latents, and the schedule."""
+    is_euler = isinstance(loop.scheduler, FlowMatchEulerDiscreteScheduler)
+    scheduler = (FlowMatchEulerDiscreteScheduler if is_euler else type(loop.scheduler)).from_config(
+        loop.scheduler.config
+    )
+    other = Loop(loop.machine, scheduler, loop.machine.script.remove_teacache(twin(loop.model)))
+    other.apply(**way)
+    return other.draw(*args, **kwargs), other.schedule

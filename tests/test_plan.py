@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from TeaCache4LuminaT2X import plan_lumina2, teacache_lumina2
-from TeaCache4LuminaT2X.plan_lumina2 import Step, best_plan, gap_costs, main, parse_args, recording, report
+from TeaCache4LuminaT2X.plan_lumina2 import (
+    Step,
+    best_plan,
+    build_parser,
+    choose_jobs,
+    gap_costs,
+    main,
+    recording,
+    report,
+)
 
 FAST = ["--model", str(BUNDLED), "--num-inference-steps", "6"]
 PROMPTS = ["red apple", "fox", "cat", "pizza", "cactus", "heart", "violin", "rocket"]
@@ -119,7 +128,7 @@ def test_recording(pipeline, guidance, trunc, calls):
     with recording(pipeline) as steps:
         assert torch.equal(run(), plain)
     assert [step.calls for step in steps] == calls and torch.equal(run(), plain)
-    assert not pipeline.transformer._forward_hooks and pipeline.scheduler.step.__func__.__name__ == "step"
+    assert not pipeline.transformer._forward_hooks and "step" not in vars(pipeline.scheduler)
     sigmas = [step.sigma for step in steps] + [0.0]
     moves = sum((after - step.sigma) * step.guided for step, after in zip(steps, sigmas[1:]))
     assert torch.allclose(noise.double().flatten() + moves, plain.double().flatten(), atol=1e-4)
@@ -207,9 +216,7 @@ def test_prompts_are_eight_different_ones_and_the_seed_chooses(tmp_path):
     path.write_text("\n".join([*"abcdefghijklmnop", *"abcd"]))
 
     def jobs(*seed):
-        args = parse_args([str(path), *FAST, "--computed-steps", "3", *seed])
-        assert len(args.planning) == len(args.proving) == 4
-        return args.planning + args.proving
+        return choose_jobs(build_parser().parse_args([str(path), *FAST, "--computed-steps", "3", *seed]))
 
     assert equal(jobs(), jobs()) and len({prompt for prompt, _ in jobs()}) == 8
     assert [prompt for prompt, _ in jobs()] != [prompt for prompt, _ in jobs("--seed", "3")]
@@ -222,10 +229,10 @@ def test_prompts_are_eight_different_ones_and_the_seed_chooses(tmp_path):
         (b" \n\n", [], "0 different prompts"),
         ("\n".join(PROMPTS[:7] * 2).encode(), [], "7 different prompts"),
         ("café\n".encode("latin-1") * 9, [], "utf-8"),
-        ("\n".join(PROMPTS).encode(), ["--computed-steps", "7"], "2 to 6"),
-        ("\n".join(PROMPTS).encode(), ["--computed-steps", "1"], "2 to 6"),
-        ("\n".join(PROMPTS).encode(), ["--tolerance", "0.003"], "only one of"),
-        ("\n".join(PROMPTS).encode(), ["--seed", str(2**64 - 7)], "seed must be"),
+        ("\n".join(PROMPTS).encode(), ["--computed-steps", "7"], "computed_steps must be"),
+        ("\n".join(PROMPTS).encode(), ["--computed-steps", "1"], "computed_steps must be"),
+        ("\n".join(PROMPTS).encode(), ["--rel-l1-thresh", "0.3"], "rel_l1_thresh"),
+        ("\u2028".join(PROMPTS).encode(), [], "1 different prompts"),
         ("\n".join(PROMPTS).encode(), None, "give --computed-steps"),
     ],
 )

@@ -144,7 +144,7 @@ def test_what_the_founding_readmes_document():
 @pytest.mark.parametrize("page, tool", [(LUMINA, teacache_lumina2)])
 def test_flags_are_all_in_the_table(page, tool, capsys):
     with pytest.raises(SystemExit):
-        tool.parse_args(["--help"])
+        tool.main(["--help"])
     flags = set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out)) - {"--help"}
     rows = {flag for line in page.splitlines() if line.startswith("| `--") for flag in re.findall(r"`(--[\w-]+)", line)}
     assert flags == rows and len(flags) <= 16

@@ -1,20 +1,20 @@
-"""Every way to draw with fewer passes of Lumina2, against two references: the uncached image and the converged one.
+"""Every way to draw with fewer passes of Lumina2, at about 15, 10 and 8 passes of 30, against the uncached image.
 
-    python tests/benchmarks/lumina2_peers.py                        # the bundled model, 8 + 16 prompts, two shifts
-    python tests/benchmarks/lumina2_peers.py --count 8 --prompts FILE --model PATH
-    python tests/benchmarks/lumina2_peers.py --plot-only            # from the rows that there are
+    python tests/benchmarks/lumina2_peers.py --table shift6         # float32, against the uncached float32 image
+    python tests/benchmarks/lumina2_peers.py --table rounding       # bfloat16, against the same
+    python tests/benchmarks/lumina2_peers.py --plot                 # of both, into assets/peers.png
+    python tests/benchmarks/lumina2_peers.py --model PATH --prompts FILE
 
-For about 10 and 15 passes of 30: fewer Euler steps; second-order solvers (Adams-Bashforth 2, DPM-Solver++ 2M and UniPC in
-the time of the flow) at this shift and at shift 1; TeaCache as published, the rules of `skipping.py`, and cache-dit if it is
-installed, each at its published setting too; and ours, of 30 and of 100 steps, with the correction and without.
-References: 30 uncached Euler steps, and 250 at a shift of 3. A third table measures all in bfloat16 against the uncached
-float32 image: the yardstick is the uncached bfloat16 image. A pass is one evaluation of the guided network; passes of
-methods that decide by themselves are means. Two groups of prompts: captions of the training set, and new ones.
-Writes rows as they are done, and goes on where it was stopped; `render.py` makes tables of them.
+The two tables are two files in `results`, and may be measured by two processes at once. Each method draws the same prompts:
+captions of the training set, and new ones. A threshold is the published one, or one that computes about 15, 10 or 8 steps of
+one of the prompts; what has to be fitted is fitted on four other captions. A pass is one evaluation of the guided network;
+passes of methods that decide by themselves are means. Rows are written as they are done, and a run that was stopped goes on;
+`render.py` makes tables of them, and the paired differences.
 """
 
 import argparse
 import contextlib
+import copy
 import functools
 import importlib.util
 import json
@@ -22,10 +22,12 @@ import logging
 import math
 import statistics
 import sys
+import time
 import warnings
 from pathlib import Path
 
 import numpy as np
+import prompts
 import record
 import skipping
 import torch
@@ -37,32 +39,18 @@ sys.path.insert(0, str(ROOT))
 from TeaCache4LuminaT2X import teacache_lumina2  # noqa: E402
 from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache, remove_teacache  # noqa: E402
 
-STEPS, MORE_STEPS, CONVERGED = 30, 100, 250
-NEW_PROMPTS = """\
-cat with top hat
-a dog and a cat
-panda on a rocket
-purple apple
-penguin with umbrella
-white horse in the rain
-green heart with eyes
-robot face with tears
-blue rose in a teapot
-orange fish in a bowl
-tiger with glasses
-a red house on the moon
-yellow butterfly on a tulip
-ghost with a balloon
-lion with crown
-pizza with mushroom and tomato
-""".splitlines()
+STEPS, SHIFT = 30, 6.0  # of the real model
+OURS = 15, 12, 10, 8, 6  # computed of 30 steps
+ABOUT = 15, 10, 8  # passes of the others
+TABLES = {"shift6": ("peers.json", torch.float32), "rounding": ("peers_rounding.json", torch.bfloat16)}
 
 
 class Lab:
     """The denoising loop of `Lumina2Pipeline` on prepared prompts, with any sigmas and any solver."""
 
-    def __init__(self, pipeline, prompts, guidance, seed):
+    def __init__(self, pipeline, prompts, guidance, seed, cfg_trunc_ratio=1.0):
         self.pipeline, self.guidance, self.passes = pipeline, guidance, 0.0
+        self.cfg_trunc_ratio = cfg_trunc_ratio  # in the pipeline only
         embeds = pipeline.encode_prompt(prompts, True, negative_prompt=[""] * len(prompts))
         longest = int(embeds[1].sum(1).max())  # padding costs time and changes nothing
         self.embeds = [x[:, :longest] for x in embeds]  # with the prompt, its mask, without, its mask
@@ -73,8 +61,7 @@ class Lab:
 
     def select(self, rows):
         """The same with some of the prompts."""
-        part = object.__new__(Lab)
-        part.pipeline, part.guidance, part.passes = self.pipeline, self.guidance, 0.0
+        part = copy.copy(self)
         part.embeds, part.noise = [x[rows] for x in self.embeds], self.noise[rows]
         return part
 
@@ -113,8 +100,9 @@ class Lab:
     def run_pipeline(self, steps):
         names = "prompt_embeds prompt_attention_mask negative_prompt_embeds negative_prompt_attention_mask".split()
         latents, self.passes = self.noise.clone(), steps
-        given = {**dict(zip(names, self.embeds)), "guidance_scale": self.guidance, "latents": latents}
-        return self.pipeline(**given, num_inference_steps=steps, output_type="latent").images
+        given = {**dict(zip(names, self.embeds)), "guidance_scale": self.guidance}
+        given |= {"cfg_trunc_ratio": self.cfg_trunc_ratio, "latents": latents, "output_type": "latent"}
+        return self.pipeline(**given, num_inference_steps=steps).images
 
     def euler(self, steps, shift):
         return self.images(self.draw(steps, shift))
@@ -148,7 +136,7 @@ class Lab:
             x = scheduler.step(-self.velocity(x, sigma), t, x, return_dict=False)[0]
         return self.images(x)
 
-    def teacache(self, steps, shift, corrected=True, **settings):
+    def teacache(self, steps, shift, corrected, **settings):
         """Ours, by the pipeline; one prompt at a time unless the schedule ignores the activations."""
         parts = [self] if "computed_steps" in settings else self.each()
         latents, computed = [], []
@@ -162,19 +150,10 @@ class Lab:
         self.passes = statistics.mean(computed)
         return self.images(torch.cat(latents))
 
-    def schedule(self, steps, shift, **settings):
-        """The schedule of the first prompt."""
-        first = self.select([0])
-        self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-        apply_teacache(self.pipeline, **settings)
-        first.run_pipeline(steps)
-        schedule = self.pipeline.transformer.teacache.schedule
-        remove_teacache(self.pipeline)
-        return schedule
-
-    def skipping(self, steps, shift, rule, *settings):
-        """Euler's method with a rule of `skipping.py` for each image."""
+    def skipping(self, steps, shift, rule, *settings, corrected=False):
+        """Euler's method with a rule of `skipping.py` for each image; corrected: by the corrector of the script."""
         x, s, rules, computed = self.noise, sigmas(steps, shift), [rule(steps, *settings) for _ in self.noise], 0
+        correctors = [teacache_lumina2.Corrector() for _ in rules] if corrected else []
         for i in range(steps):
             outputs = [rule.skip(i, 1 - s[i], z) for rule, z in zip(rules, x)]
             rows = [j for j, output in enumerate(outputs) if output is None]
@@ -182,9 +161,21 @@ class Lab:
                 rules[j].see(i, 1 - s[i], x[j], output)
                 outputs[j] = output
             computed += len(rows)
-            x = (x.float() + (s[i] - s[i + 1]) * self.guide(torch.stack(outputs))).to(x.dtype)  # as the scheduler
+            velocity = -self.guide(torch.stack(outputs)).float()  # from image to noise, as the scheduler has it
+            x = (x.float() + (s[i + 1] - s[i]) * velocity).to(x.dtype)
+            for j, corrector in enumerate(correctors):
+                correction = corrector.correction(velocity[j].clone(), s[i], s[i + 1], j in rows, 2)
+                x[j] = (x[j] + correction).to(x.dtype)
         self.passes = computed / len(x)
         return self.images(x)
+
+    def trajectory(self, steps, shift):
+        """The outputs of all steps."""
+        x, s, outputs = self.noise, sigmas(steps, shift), []
+        for i in range(steps):
+            outputs.append(self.outputs(x, s[i]))
+            x = (x.float() + (s[i] - s[i + 1]) * self.guide(outputs[-1])).to(x.dtype)
+        return outputs
 
     def skipping_blocks(self, steps, shift, schedule):
         """By the pipeline: the layers run in the steps of the schedule only. See `skipping.Blocks`."""
@@ -261,177 +252,164 @@ def tune(passes_of, target, tries=8):
 
 
 class Measurement:
-    """Rows of one table, against references that are given by name."""
+    """The rows of one table."""
 
-    def __init__(self, table, lab, shift, references, results, targets=(15, 10)):
-        self.table, self.lab, self.shift, self.references, self.results = table, lab, shift, references, results
-        self.targets, self.found = targets, {}
+    def __init__(self, lab, fitting, reference, results):
+        self.lab, self.fitting, self.reference, self.results = lab, fitting, reference, results
         self.few = lab.select([len(lab.noise) // 2])  # for tuning
+        self.found = {}  # thresholds
 
-    def key(self, method, setting):
-        return record.slug(self.table, method, setting)
-
-    def add(self, method, setting, draw, *args, shift=None, **settings):
+    def add(self, method, setting, draw, *args, steps=STEPS, threshold=None, **settings):
         """Draws with `draw(steps, shift, *args)`, a method of the lab; a setting is what a row is called."""
-        steps, note = settings.pop("steps", STEPS), settings.pop("note", None)
-        key = self.key(method, setting)
+        key = record.slug(method, setting)
         if key in self.results.rows:
             return
-        self.lab.passes = 0.0
-        images = draw(steps, self.shift if shift is None else shift, *args, **settings)
-        row = {"table": self.table, "method": method, "setting": str(setting), "passes": round(self.lab.passes, 2)}
-        if note is not None:
-            row["threshold"] = note
-        for name, reference in self.references.items():
-            row[name] = [round(dB, 2) for dB in psnr(images, reference)]
+        began = time.process_time()
+        images = draw(steps, SHIFT, *args, **settings)
+        row = {"method": method, "setting": str(setting), "passes": round(self.lab.passes, 2)}
+        if threshold is not None:
+            row["threshold"] = threshold
+        row["float32"] = [round(dB, 2) for dB in psnr(images, self.reference)]
         self.results.add(key, **row)
-        figures = ", ".join(f"{statistics.mean(row[name]):.1f} dB" for name in self.references)
-        print(f"{self.table}: {method}, {setting}: {row['passes']:.1f} passes, {figures}", file=sys.stderr, flush=True)
+        figures = f"{row['passes']:.1f} passes, {statistics.mean(row['float32']):.1f} dB"
+        seconds = time.process_time() - began
+        print(f"{method}, {setting}: {figures}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
-    def tuned(self, method, passes_of, draw_with, published=None):
-        """A published threshold, and those that give about 15 and 10 passes. draw_with(threshold): for `add`."""
-        name = method.removesuffix(", corrected")
+    def tuned(self, method, passes_of, draw_with, published=None, about=ABOUT):
+        """A published threshold, and those that give about so many passes. draw_with(threshold): for `add`."""
         if published is not None:
             self.add(method, published, *draw_with(published))
-        for target in self.targets:
-            if self.key(method, f"about {target}") not in self.results.rows:
-                if (name, target) not in self.found:
-                    self.found[name, target] = tune(passes_of, target)
-                threshold = self.found[name, target]
-                self.add(method, f"about {target}", *draw_with(threshold), note=f"{threshold:g}")
+        for target in about:
+            if record.slug(method, f"about {target}") not in self.results.rows:
+                if (passes_of, target) not in self.found:
+                    self.found[passes_of, target] = tune(passes_of, target)
+                threshold = self.found[passes_of, target]
+                self.add(method, f"about {target}", *draw_with(threshold), threshold=f"{threshold:g}")
 
-    def published_teacache(self):
+    def ours(self):
+        for corrected, suffix in ((True, ""), (False, ", not corrected")):
+            for k in OURS:
+                self.add(f"computed_steps{suffix}", k, self.lab.teacache, computed_steps=k, corrected=corrected)
+
+    def plain(self, solver=None, name="plain steps"):
+        for n in ABOUT:
+            self.add(name, n, solver or self.lab.euler, steps=n)
+
+    def solvers(self):
+        self.plain(self.lab.adams_bashforth, "Adams-Bashforth 2")
+        self.plain(self.lab.unipc, "UniPC")
+        self.plain(self.lab.dpm_solver, "DPM-Solver++ 2M")
+
+    def teacache(self):
+        """TeaCache's rule, by the script."""
         for name in ("v1", "v2"):
             coefficients = getattr(teacache_lumina2, f"COEFFICIENTS_{name.upper()}")
 
             def passes_of(threshold, coefficients=coefficients):
-                self.few.teacache(STEPS, self.shift, rel_l1_thresh=threshold, coefficients=coefficients)
+                self.few.teacache(STEPS, SHIFT, corrected=False, rel_l1_thresh=threshold, coefficients=coefficients)
                 return self.few.passes
 
-            for corrected, suffix in ((False, ""), (True, ", corrected")):
+            for corrected, suffix, about in ((False, "", ABOUT), (True, ", corrected", ABOUT[:1])):
                 draw = functools.partial(self.lab.teacache, corrected=corrected, coefficients=coefficients)
                 draw_with = lambda t, draw=draw: (functools.partial(draw, rel_l1_thresh=t),)  # noqa: E731
-                self.tuned(f"TeaCache {name}{suffix}", passes_of, draw_with, published=0.3)
+                self.tuned(f"TeaCache's rule, {name}{suffix}", passes_of, draw_with, 0.3, about)
 
-    def ours(self, steps=STEPS, computed=(8, 10, 15, 20), tolerances=(0.003, 0.01), both=True):
-        name = "" if steps == STEPS else f" of {steps}"
-        for corrected, suffix in ((True, ""), (False, ", not corrected")) if both else ((True, ""),):
-            given = {"steps": steps, "corrected": corrected}
-            for k in computed:
-                self.add(f"computed_steps{name}{suffix}", k, self.lab.teacache, computed_steps=k, **given)
-            for tolerance in tolerances:
-                self.add(f"tolerance{name}{suffix}", tolerance, self.lab.teacache, tolerance=tolerance, **given)
-
-    def peers(self):
-        lab, few, shift = self.lab, self.few, self.shift
-
-        def passes_with(rule):
-            def passes_of(threshold):
-                few.skipping(STEPS, shift, rule, threshold)
-                return few.passes
-
-            return passes_of
-
-        for name, rule, published in (
-            ("EasyCache", skipping.EasyCache, 0.05),
-            ("linear forecast, measured error", skipping.LinearForecast, None),
-            ("PrediT", skipping.PrediT, None),
-        ):
-            self.tuned(name, passes_with(rule), lambda t, rule=rule: (lab.skipping, rule, t), published)
-        few.skipping_blocks(STEPS, shift, [True] * STEPS)
-        ratios = [1.0, *few.ratios]
+    def block_caches(self):
+        self.few.skipping_blocks(STEPS, SHIFT, [True] * STEPS)
+        ratios = [1.0, *self.few.ratios]
         for name, published, plan in (
-            ("ComfyUI-TeaCache", 0.38, lambda threshold: lab.comfyui_schedule(STEPS, shift, threshold)),
             ("MagCache", 0.24, lambda threshold: skipping.magcache_schedule(ratios, threshold)),
+            ("ComfyUI-TeaCache", 0.38, lambda threshold: self.lab.comfyui_schedule(STEPS, SHIFT, threshold)),
         ):
-            draw_with = lambda t, plan=plan: (lab.skipping_blocks, plan(t))  # noqa: E731
+            draw_with = lambda t, plan=plan: (self.lab.skipping_blocks, plan(t))  # noqa: E731
             self.tuned(name, lambda t, plan=plan: sum(plan(t)), draw_with, published)
 
-    def cache_dit(self, own=True):
+    def rules(self):
+        for name, rule, published in (("EasyCache", skipping.EasyCache, 0.05), ("PrediT", skipping.PrediT, None)):
+
+            def passes_of(threshold, rule=rule):
+                self.few.skipping(STEPS, SHIFT, rule, threshold)
+                return self.few.passes
+
+            self.tuned(name, passes_of, lambda t, rule=rule: (self.lab.skipping, rule, t), published)
+
+    def cache_dit(self):
         if not importlib.util.find_spec("cache_dit"):
             return
-        for calibrator in (None, "TaylorSeer", "FoCa", "DMD"):
-            name = f"cache-dit, {calibrator}" if calibrator else "cache-dit"
-            for k in self.targets:
-                schedule = self.lab.schedule(STEPS, self.shift, computed_steps=k)
-                self.add(name, f"steps of computed_steps {k}", self.lab.cache_dit, calibrator, schedule)
-            if own and calibrator in (None, "TaylorSeer"):
-                limits = {"residual_diff_threshold": 0.12, "max_warmup_steps": 4}
-                self.add(name, "F1, 0.12, warm-up 4", self.lab.cache_dit, calibrator, **limits)
 
-    def solvers(self):
-        lab = self.lab
-        for name, solver in {"AB2": lab.adams_bashforth, "UniPC": lab.unipc, "DPM-Solver++ 2M": lab.dpm_solver}.items():
-            for n in (10, 15):
-                self.add(name, f"{n} steps", solver, steps=n)
-                if self.shift != 1:
-                    self.add(f"{name} at shift 1", f"{n} steps", solver, steps=n, shift=1.0)
+        def passes_of(threshold):
+            self.few.cache_dit(STEPS, SHIFT, **own_rule(threshold))
+            return self.few.passes
 
+        def own_rule(threshold):
+            return {"residual_diff_threshold": threshold, "max_warmup_steps": 4}
 
-def measure_shift(lab, shift, converged, results, targets):
-    """A table in float32."""
-    base = lab.euler(STEPS, shift)
-    references = {"uncached": base, "converged": converged}
-    m = Measurement(f"shift {shift:g}", lab, shift, references, results, targets)
-    for n in (STEPS, 50):
-        m.add("Euler, uncached", f"{n} steps", lab.euler, steps=n)
-    m.ours()
-    for n in (15, 10):
-        m.add("fewer Euler steps", f"{n} steps", lab.euler, steps=n)
-    m.published_teacache()
-    m.peers()
-    m.ours(MORE_STEPS, (10, 15), (0.003,), both=False)
-    m.cache_dit()
-    m.solvers()
-    return base
+        draw_with = lambda t: (functools.partial(self.lab.cache_dit, **own_rule(t)),)  # noqa: E731
+        self.tuned("cache-dit", passes_of, draw_with, 0.12)
+        blocks = len(self.lab.pipeline.transformer.layers)
+        for target in ABOUT:  # it runs one of its blocks in a skipped step too
+            k = round((target * blocks - STEPS) / (blocks - 1))
+            self.add("cache-dit, TaylorSeer, our steps", target, self.lab.cache_dit, "TaylorSeer", self.schedule(k))
 
+    def schedule(self, k):
+        chosen = teacache_lumina2.choose_steps(sigmas(STEPS, SHIFT)[:-1], k)
+        return [step in chosen for step in range(STEPS)]
 
-def measure_rounding(lab, shift, float32, results):
-    """A table in bfloat16: all against the uncached float32 image."""
-    m = Measurement("rounding", lab, shift, {"float32": float32}, results)
-    m.add("Euler, uncached", f"{STEPS} steps", lab.euler)
-    m.ours(computed=(8, 10, 12, 15, 20))
-    for n in (15, 10):
-        m.add("fewer Euler steps", f"{n} steps", lab.euler, steps=n)
-    m.published_teacache()
-    m.peers()
-    m.cache_dit(own=False)
+    def forecasts(self):
+        """On the steps that ours computes."""
+        lab, trajectory = self.lab, self.fitting.trajectory(STEPS, SHIFT)
+        for corrected, suffix in ((False, ""), (True, ", our correction")):
+            for k in (*ABOUT, 6):
+                schedule = self.schedule(k)
+                weights = skipping.L2P.fit(trajectory, schedule)
+                draw = functools.partial(lab.skipping, corrected=corrected)
+                self.add(f"L2P, our steps{suffix}", k, draw, skipping.L2P, schedule, weights)
+        for k in (*ABOUT, 6):
+            self.add("FoCa, our steps", k, lab.skipping, skipping.FoCa, self.schedule(k))
+
+    def all(self):
+        self.add("uncached", STEPS, self.lab.euler)
+        self.ours()
+        self.plain()
+        self.teacache()
+        self.block_caches()
+        self.forecasts()
+        self.rules()
+        self.cache_dit()
 
 
-def plot(rows, path):
-    """Passes against mean PSNR to the uncached image at shift 6: float32, and bfloat16 with the line of rounding."""
+def plot(path):
+    """Passes against mean PSNR: float32, and bfloat16 with the line of rounding."""
     from matplotlib.figure import Figure
 
     looks = {  # readable in grey: one marker for each, ours black
-        "computed_steps": ("black", "-", "o", "ours, corrected"),
+        "computed_steps": ("black", "-", "o", "ours"),
         "computed_steps, not corrected": ("black", "--", "o", "ours, not corrected"),
-        "fewer Euler steps": ("0.45", ":", "x", "plain steps"),
-        "TeaCache v1": ("0.45", "-", "s", "TeaCache, v1"),
-        "TeaCache v2": ("0.45", "--", "*", "TeaCache, v2"),
+        "plain steps": ("0.45", ":", "x", "plain steps"),
+        "TeaCache's rule, v1": ("0.45", "-", "s", "TeaCache's rule, v1"),
+        "TeaCache's rule, v2": ("0.45", "--", "*", "TeaCache's rule, v2"),
         "EasyCache": ("tab:blue", "-", "v", "EasyCache"),
         "MagCache": ("tab:green", "-", "^", "MagCache"),
         "PrediT": ("tab:orange", "-", "D", "PrediT"),
-        "cache-dit, TaylorSeer": ("tab:purple", "-", "P", "cache-dit, TaylorSeer"),
+        "cache-dit, TaylorSeer, our steps": ("tab:purple", "-", "P", "cache-dit, TaylorSeer"),
+        "L2P, our steps": ("tab:red", "-", "h", "L2P, fitted"),
     }
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    panels = zip(figure.subplots(1, 2), (("shift 6", "uncached"), ("rounding", "float32")))
-    for axes, (table, name) in panels:
-        mine = [row for row in rows if row["table"] == table]
+    titles = {"shift6": "float32, to uncached float32", "rounding": "bfloat16, to uncached float32"}
+    for axes, (table, title) in zip(figure.subplots(1, 2), titles.items()):
+        rows = json.loads((record.RESULTS / TABLES[table][0]).read_text(encoding="utf-8"))["rows"].values()
         for method, (color, line, marker, label) in looks.items():
-            same = [r for r in mine if r["method"] == method and not r["setting"].startswith("F1")]
-            points = sorted((r["passes"], statistics.mean(r[name])) for r in same if r["passes"] < 25)
+            same = [r for r in rows if r["method"] == method and r["passes"] < 17]
+            points = sorted((r["passes"], statistics.mean(r["float32"])) for r in same)
             wide = 2.2 if "computed" in method else 1.3
             look = {"color": color, "linestyle": line, "marker": marker, "label": label, "linewidth": wide}
             axes.plot(*(zip(*points) if points else ([], [])), **look)
-        axes.set(xlabel="passes", ylabel="mean PSNR (dB)", xlim=(7, 25))
+        axes.set(xlabel="passes", ylabel="mean PSNR (dB)", xlim=(5.5, 17), title=title)
         axes.grid(alpha=0.3)
         if table == "rounding":
-            line = statistics.mean(next(r for r in mine if r["method"] == "Euler, uncached")[name])
+            line = statistics.mean(next(r for r in rows if r["method"] == "uncached")["float32"])
             axes.axhline(line, color="black", linestyle="-.", linewidth=1)
-            axes.annotate("rounding: uncached bfloat16", (7.2, line), va="bottom", fontsize=9)
-            axes.set_title("shift 6, bfloat16, to uncached float32")
-        else:
-            axes.set_title("shift 6, float32, to uncached")
+            axes.annotate("rounding: uncached bfloat16", (5.7, line), va="bottom", fontsize=9)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=9, handlelength=3.5)
     figure.savefig(path, dpi=110, format="png")
 
@@ -443,49 +421,48 @@ def load(model, dtype):
 
 
 def read_prompts(args):
-    """Two lists: known to the model, and new to it."""
+    """Three lists: known to the model, new to it, and those for fitting."""
     if args.prompts:
         lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return lines[: args.count], []
-    lines = (args.model / "emoji.txt").read_text(encoding="utf-8").splitlines()
-    names = [line.split("\t")[1] for line in lines if "\t" in line]
-    return names[:: max(len(names) // args.count, 1)][: args.count], NEW_PROMPTS[: args.new]
+        return lines[4 : 4 + args.count], [], lines[:4]
+    groups = prompts.known(args.model)
+    return groups["peers"][: args.count], prompts.NEW[: args.new], groups["fitting"]
 
 
 @torch.no_grad()
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
+    add("--table", choices=TABLES, default="shift6")
+    add("--plot", action="store_true", help="draw nothing, plot what there is")
     add("--model", type=Path, default=teacache_lumina2.BUNDLED_MODEL, help="folder of a Lumina2Pipeline")
-    add("--prompts", type=Path, help="one prompt per line; default: names in the emoji.txt of the model, and new ones")
-    add("--count", type=int, default=8, help="how many of the prompts")
-    add("--new", type=int, default=len(NEW_PROMPTS), help="how many of the new ones")
-    add("--shifts", type=float, nargs="+", default=[6.0, 1.0], help="the first one is measured in bfloat16 too")
+    add("--prompts", type=Path, help="one per line, the first four for fitting; default: those of prompts.py")
+    add("--count", type=int, default=8, help="how many of the known prompts")
+    add("--new", type=int, default=16, help="how many of the new ones")
     add("--guidance-scale", type=float, default=teacache_lumina2.GUIDANCE_SCALE)
     add("--seed", type=int, default=7)
-    add("--output", type=Path, default=record.RESULTS / "peers.json")
-    add("--plot", type=Path, default=ROOT / "assets" / "peers.png")
-    add("--plot-only", action="store_true")
+    add("--output", type=Path, help="default: a file in results")
     args = parser.parse_args()
-    if args.plot_only:
-        plot(list(json.loads(args.output.read_text(encoding="utf-8"))["rows"].values()), args.plot)
+    if args.plot:
+        plot(ROOT / "assets" / "peers.png")
         return
-    known, new = read_prompts(args)
+    name, dtype = TABLES[args.table]
+    known, new, fitting = read_prompts(args)
     packages = ["transformers", *["cache-dit"] * bool(importlib.util.find_spec("cache_dit"))]
-    about = {"model": args.model.name, "known": known, "new": new, "guidance": args.guidance_scale, "seed": args.seed}
-    results = record.Record(args.output, packages, **about)
+    about = {"model": args.model.name, "table": args.table, "known": known, "new": new, "fitting": fitting}
+    about |= {"guidance": args.guidance_scale, "shift": SHIFT, "seed": args.seed}
+    results = record.Record(args.output or record.RESULTS / name, packages, **about)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     pipeline = load(args.model, torch.float32)
-    lab = Lab(pipeline, known + new, args.guidance_scale, args.seed)
-    converged = lab.euler(CONVERGED, 3.0)
-    print("the converged images are drawn", file=sys.stderr, flush=True)
-    for shift in args.shifts:
-        base = measure_shift(lab, shift, converged, results, (15, 10) if shift == args.shifts[0] else (15,))
-        if shift == args.shifts[0]:
-            half = Lab(load(args.model, torch.bfloat16), known + new, args.guidance_scale, args.seed)
-            measure_rounding(half, shift, base, results)
-    plot(list(results.rows.values()), args.plot)
+    reference = Lab(pipeline, known + new, args.guidance_scale, args.seed).euler(STEPS, SHIFT)
+    if dtype != torch.float32:
+        pipeline = load(args.model, dtype)
+    labs = [Lab(pipeline, p, args.guidance_scale, seed) for p, seed in ((known + new, args.seed), (fitting, 1000))]
+    measurement = Measurement(*labs, reference, results)
+    measurement.all()
+    if dtype == torch.float32:
+        measurement.solvers()
 
 
 if __name__ == "__main__":

@@ -1,35 +1,21 @@
-"""Writes the measured figures into the READMEs, from the files in `results`: none of them is typed by hand.
+"""Writes the measured tables into the READMEs, from the files in `results`: none of their figures is typed by hand.
 
     python tests/benchmarks/lumina2_peers.py     # measures, and writes results/peers.json
-    python tests/benchmarks/render.py            # writes the figures into all pages
-    python tests/benchmarks/render.py --check    # writes nothing; fails where a page shows another figure
+    python tests/benchmarks/render.py            # writes the tables into all pages
+    python tests/benchmarks/render.py --check    # writes nothing; fails where a page shows another table
 
-How to quote figures. A table stands between two comments, which name one of the functions in TABLES:
+A table stands between two comments, which name one of the functions in TABLES:
 
-    <!-- results: peers shift_6 -->
+    <!-- results: peers_lumina2 rounding -->
     | method | ... |
     <!-- end -->
 
-A figure in a sentence stands between two comments too. The first one is an expression; what follows is replaced:
-
-    15 of 30 steps: <!--=psnr(peers.shift_6_computed_steps_15):.0f-->66<!----> dB
-
-`peers.shift_6_computed_steps_15` is a row of results/peers.json, `.passes` its mean number of passes, `peers.about` what it
-was measured on. A number has one decimal, or the format behind the colon. Arithmetic and these functions are at hand:
-
-    psnr(row, to="uncached", of="all")    mean dB; to: "uncached", "converged", "float32", or another list of the row; of:
-                                          "known", "new", "all" prompts
-    least(row, to="uncached", of="all")   the least
-    better(row, other, to="uncached")     in how many prompts or clips the first is closer, "7 of 8"
-    gains(*pairs, to="uncached")          of (row, other) pairs, the differences of their means: "2.7 to 5.8"
-    range_of(results, "mouth")            from the least to the largest mean of all rows: "0.910 to 0.922"
-    mean(values), min(...), max(...), round(...), sum(...)
-
-To see the keys of the rows: python tests/benchmarks/render.py --keys
+Figures in sentences are typed. tests/test_figures.py looks each up in the tables of its page.
 """
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -40,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 PAGES = "README.md", "TeaCache4LuminaT2X/README.md", "TeaCache4Memo/README.md", "tests/benchmarks/README.md"
 BLOCK = re.compile(r"(<!-- results: ([\w ]+?) -->\n).*?(<!-- end -->)", re.S)
-INLINE = re.compile(r"(<!--=(.+?)(?::(\.\d[f%]))?-->).*?(<!---->)", re.S)
 
 
 class NotMeasured(Exception):
@@ -54,25 +39,16 @@ class Results(dict):
         raise NotMeasured(name)
 
 
-class Names(Results):
-    """What an expression may use: the functions, and results by their names."""
-
-    def __init__(self, results):
-        super().__init__({**FUNCTIONS, **results})
-
-
 def load(folder=RESULTS):
-    """{name: results}: each row, or else each entry of the file, is an attribute of the results."""
+    """{name: results}: `rows` by key, or whatever else the file has, and `about`."""
     found = Results()
     for path in sorted(folder.glob("*.json")):
         whole = json.loads(path.read_text(encoding="utf-8"))
-        rows = {key: SimpleNamespace(**row) for key, row in whole.get("rows", {}).items()}
-        counts = [len(whole.get("about", {}).get(name, ())) for name in ("known", "new")]
-        for row in rows.values():
-            row.known = counts[0]
-        found[path.stem] = SimpleNamespace(
-            **(rows or whole), **{name: whole[name] for name in whole if name == "about"}
-        )
+        whole["rows"] = {key: SimpleNamespace(**row) for key, row in whole.get("rows", {}).items()}
+        known = len(whole.get("about", {}).get("known", ()))
+        for row in whole["rows"].values():
+            row.known = known  # as many of its prompts come first
+        found[path.stem] = SimpleNamespace(**whole)
     return found
 
 
@@ -89,38 +65,32 @@ def mean(values):
     return statistics.mean(flat(values))
 
 
-def of_prompts(row, to, of):
+def of_prompts(row, to, of="all"):
     """The dB of all images or clips, or of a group of prompts."""
     group = {"known": slice(None, row.known), "new": slice(row.known, None), "all": slice(None)}[of]
     return flat(getattr(row, to)[group])
 
 
-def psnr(row, to="uncached", of="all"):
-    return mean(of_prompts(row, to, of))
+def rmse_mean(values):
+    """dB of the mean RMSE: hard prompts count more than in the mean of dB."""
+    return -20 * math.log10(mean([10 ** (-dB / 20) for dB in values]))
 
 
-def least(row, to="uncached", of="all"):
-    return min(of_prompts(row, to, of))
+def worst(values, share=4):
+    """The mean of the worst quarter."""
+    return mean(sorted(values)[: max(1, len(values) // share)])
 
 
-def better(row, other, to="uncached"):
-    pairs = list(zip(of_prompts(row, to, "all"), of_prompts(other, to, "all")))
-    return f"{sum(a > b for a, b in pairs)} of {len(pairs)}"
+def paired(row, other, to):
+    """By how much a row is closer than another on the same prompts: mean, and its standard error."""
+    differences = [a - b for a, b in zip(of_prompts(row, to), of_prompts(other, to))]
+    return mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
-def gains(*pairs, to="uncached"):
-    found = sorted(psnr(row, to) - psnr(other, to) for row, other in pairs)
-    ends = list(dict.fromkeys(f"{found[i]:.1f}" for i in (0, -1)))
-    return " to ".join(ends)
-
-
-def range_of(results, name):
-    """Of the means of all rows."""
-    means = [mean(getattr(row, name)) for row in vars(results).values() if hasattr(row, name)]
-    return f"{min(means):.3f} to {max(means):.3f}"
-
-
-FUNCTIONS = {f.__name__: f for f in (psnr, least, better, gains, range_of, mean, min, max, round, sum, len)}
+def ours_against(row, rows, to="float32"):
+    """The row of `computed_steps` with the most passes, but at most half a pass more than this one; or None."""
+    found = [r for r in rows if r.method == "computed_steps" and r.passes <= row.passes + 0.5]
+    return max(found, key=lambda r: r.passes, default=None)
 
 
 # ------------------------------------------------------------------------------
@@ -143,155 +113,125 @@ def setting(row):
     return row.setting + (f" ({row.threshold})" if hasattr(row, "threshold") else "")
 
 
-def peers(results, table):
-    """All methods at one shift, or in bfloat16; mean and least of each group of prompts."""
-    columns = [("float32", "known"), ("float32", "new")]
-    head = ["method", "setting", "passes", "to uncached float32, known prompts", "new prompts"]
-    if table != "rounding":
-        columns = [("uncached", "known"), ("uncached", "new"), ("converged", "known"), ("converged", "new")]
-        head = ["method", "setting", "passes", "to uncached, known prompts", "new", "to converged, known", "new"]
-    rows = [row for row in vars(results["peers"]).values() if getattr(row, "table", "").replace(" ", "_") == table]
-    if not rows:
-        raise NotMeasured(table)
-    methods = list(dict.fromkeys(row.method for row in rows))
-    rows.sort(key=lambda row: methods.index(row.method))
-    if table == "rounding":
-        line = vars(results["peers"])["rounding_euler_uncached_30_steps"]
-        head.append("minus uncached bfloat16")
-        columns.append(None)
-
-    def cells(row):
-        for column in columns:
-            yield (
-                cell(row, *column)
-                if column
-                else ""
-                if row is line
-                else f"{psnr(row, 'float32') - psnr(line, 'float32'):+.1f}"
-            )
-
-    return markdown(head, [[row.method, setting(row), f"{row.passes:.1f}", *cells(row)] for row in rows])
+def difference(row, rows, to="float32"):
+    """ "15: +3.1 ± 0.4": computed_steps 15 is closer by so much. Within the standard error it is a tie."""
+    mine, is_reference = ours_against(row, rows), min(of_prompts(row, to)) >= 98.5
+    if mine is None or is_ours(row) or is_reference:
+        return ""
+    gain, error = paired(mine, row, to)
+    shown = f"{gain:+.1f} ± {error:.1f}"
+    return f"{mine.setting}: " + (f"tie ({shown})" if abs(gain) <= error else shown)
 
 
-def memo_peers(results, steps="20"):
-    head = [
-        "method",
-        "setting",
-        "passes",
-        "wall",
-        "to uncached, mean (least clip)",
-        "clip 1, 2, 3",
-        "to converged",
-        "mouth",
+def is_ours(row):
+    return row.method.startswith("computed_steps")
+
+
+GROUPS = "known", "new", "all"
+AGAINST = "`computed_steps` against it"
+
+
+def peers_lumina2(results, table):
+    """All methods, in float32 (shift6) or in bfloat16 (rounding): mean and least of each group of prompts."""
+    rows = results[{"shift6": "peers", "rounding": "peers_rounding"}[table]].rows.values()
+    shown = [
+        [r.method, setting(r), f"{r.passes:.1f}", *(cell(r, "float32", of) for of in GROUPS), difference(r, rows)]
+        for r in rows
     ]
-    rows = [row for row in vars(results["memo_peers"]).values() if str(getattr(row, "steps", "")) == steps]
+    return markdown(["method", "setting", "passes", "known prompts", "new prompts", "all", AGAINST], shown)
+
+
+def peers_memo(results):
+    head = "method", "setting", "passes", "wall", "PSNR, mean (least clip)", "clip 1, 2, 3", "median frame", "mouth"
 
     def cells(row):
-        same = cell(row, "uncached") == "equal"
-        drift = "" if same else ", ".join(f"{mean(clips):.1f}" for clips in zip(*row.uncached))
+        drift = ", ".join(f"{mean(clips):.1f}" for clips in zip(*row.uncached))
         yield from (row.method, row.setting, f"{mean(row.passes):.1f}", f"{mean(row.time):.2f}")
-        yield from (cell(row, "uncached"), drift, cell(row, "converged"), f"{mean(row.mouth):.3f}")
+        yield from (cell(row, "uncached"), "" if row.method == "uncached" else drift, cell(row, "median_frame"))
+        yield f"{mean(row.mouth):.3f}"
 
+    rows = [row for key, row in results["memo_peers"].rows.items() if key != "parts"]
     return markdown(head, [list(cells(row)) for row in rows])
 
 
+def best_rival(rows, about=10):
+    """The row of somebody else's with the highest mean, of those with at most about so many passes."""
+    others = [r for r in rows if not is_ours(r) and "our correction" not in r.method and "corrected" not in r.method]
+    return max((r for r in others if r.passes <= about + 0.5), key=lambda r: mean(r.float32))
+
+
 def front_lumina2(results):
-    """The table of the front page. A row that was not measured is left out."""
-    found = vars(results["peers"])
-    names = [
-        ("uncached", "euler_uncached_30_steps"),
-        ("15 plain steps", "fewer_euler_steps_15_steps"),
-        ("10 plain steps", "fewer_euler_steps_10_steps"),
-        ("second-order solver (Adams-Bashforth 2)", "ab2_15_steps"),
-        ("the same at shift 1", "ab2_at_shift_1_15_steps"),
-        ("TeaCache as published, 0.3, v1", "teacache_v1_0_3"),
-        ("**the same, corrected**", "teacache_v1_corrected_0_3"),
-        ("TeaCache as published, 0.3, v2", "teacache_v2_0_3"),
-        ("**the same, corrected**", "teacache_v2_corrected_0_3"),
-        ("EasyCache", "easycache_about_15"),
-        ("ComfyUI-TeaCache", "comfyui_teacache_about_15"),
-        ("MagCache", "magcache_about_15"),
-        ("PrediT", "predit_about_15"),
-        ("cache-dit, TaylorSeer, on our steps", "cache_dit_taylorseer_steps_of_computed_steps_15"),
+    """Eight rows for the front page, all in bfloat16 against the uncached image in float32."""
+    found = results["peers_rounding"].rows
+    rival = best_rival(found.values())
+    rows = [
+        ("uncached", "uncached_30"),
+        ("15 plain steps", "plain_steps_15"),
+        ("TeaCache's rule, v1, 0.3, corrected: the default", "teacache_s_rule_v1_corrected_0_3"),
+        ("TeaCache's rule, v2, about 15", "teacache_s_rule_v2_about_15"),
+        ("MagCache, about 15", "magcache_about_15"),
         ("**`computed_steps` 15**", "computed_steps_15"),
         ("**`computed_steps` 10**", "computed_steps_10"),
-        ("**`tolerance` 0.003**", "tolerance_0_003"),
-        ("**`computed_steps` 15 of 100**", "computed_steps_of_100_15"),
+        (f"best of the others at about 10: {rival.method}", None),
     ]
-    rows = []
-    for name, key in names:
-        row, rounded = found.get(f"shift_6_{key}"), found.get(f"rounding_{key}")
-        if row is not None:
-            cells = cell(row, "uncached", "known"), cell(row, "uncached", "new"), cell(row, "converged")
-            rows.append([name, f"{row.passes:.1f}", *cells, cell(rounded, "float32") if rounded else ""])
-    head = ["", "passes", "to uncached, known prompts", "new prompts", "to converged", "in bfloat16, to float32"]
-    return markdown(head, rows)
+    rows = [(name, found[key] if key else rival) for name, key in rows]
+    shown = [
+        [n, f"{r.passes:.1f}", *(cell(r, "float32", of) for of in GROUPS), difference(r, found.values())]
+        for n, r in rows
+    ]
+    return markdown(["", "passes", "known prompts", "new prompts", "all", AGAINST], shown)
 
 
 def front_memo(results):
-    found = vars(results["memo_peers"])
-    names = [
-        ("uncached", "euler_uncached_20_steps"),
-        ("10 plain steps", "fewer_euler_steps_10_steps"),
-        ("14 plain steps", "fewer_euler_steps_14_steps"),
-        ("second-order solver (Adams-Bashforth 2), 10 steps", "adams_bashforth_2_10_steps"),
-        ("the same, 14 steps", "adams_bashforth_2_14_steps"),
+    """Seven rows for the front page."""
+    found = results["memo_peers"].rows
+    rows = [
+        ("uncached", "uncached_20"),
+        ("14 plain steps", "plain_steps_14"),
+        ("10 plain steps", "plain_steps_10"),
         ("DeepCache", "deepcache_interval_3_branch_0"),
-        ("TeaCache, 0.15", "teacache_0_15"),
-        ("**the same, corrected**", "teacache_corrected_0_15"),
-        ("**`computed_steps` 10**", "computed_steps_10"),
+        ("TeaCache's rule, 0.15, corrected: the default", "teacache_s_rule_corrected_0_15"),
         ("**`computed_steps` 14**", "computed_steps_14"),
-        ("**`tolerance` 0.003**", "tolerance_0_003"),
+        ("**`computed_steps` 10**", "computed_steps_10"),
     ]
-    rows = [(name, found[f"steps_20_{key}"]) for name, key in names if f"steps_20_{key}" in found]
-    return markdown(
-        ["", "passes", "to uncached", "median frame", "to converged"],
-        [
-            [name, f"{mean(row.passes):.1f}", *(cell(row, to) for to in ("uncached", "median_frame", "converged"))]
-            for name, row in rows
-        ],
-    )
-
-
-def case_of(row):
-    guidance, shift, cfg_trunc_ratio = row.case
-    return f"{guidance:g}, {shift:g}" + (f", `cfg_trunc_ratio` {cfg_trunc_ratio:g}" if cfg_trunc_ratio < 1 else "")
+    shown = [
+        [name, f"{mean(found[key].passes):.1f}", f"{mean(found[key].time):.2f}", cell(found[key], "uncached")]
+        for name, key in rows
+    ]
+    return markdown(["", "passes", "wall time, of uncached", "PSNR, mean (least clip)"], shown)
 
 
 def correction(results):
-    """Without and with the correction: a line for each case, a column for each way of skipping."""
-    rows = [row for row in vars(results["correction"]).values() if hasattr(row, "way")]
-    ways = list(dict.fromkeys(row.way for row in rows))
-    found = {(case_of(row), row.way): row for row in rows}
+    """Without and with the correction: a line for each case and way of skipping."""
+    statistics_of = {
+        "mean": mean,
+        "mean, each cut at 46 dB": lambda values: mean([min(dB, 46.0) for dB in values]),
+        "dB of the mean RMSE": rmse_mean,
+        "worst quarter": worst,
+    }
 
-    def shown(row):
-        if row is None:
-            return ""
-        before, after = cell(row, "not_corrected"), cell(row, "corrected")
-        pairs = list(zip(row.corrected, row.not_corrected))
-        return f"{before} to {after}, closer in {sum(a > b for a, b in pairs)} of {len(pairs)}"
+    def cells(row):
+        yield from (f"{row.guidance:g}, {row.shift:g}", row.way, f"{row.passes_corrected:.1f}")
+        for of in statistics_of.values():
+            yield f"{of(row.not_corrected):.1f} to {of(row.corrected):.1f}"
+        yield f"{sum(a > b for a, b in zip(row.corrected, row.not_corrected))} of {len(row.corrected)}"
 
-    cases = list(dict.fromkeys(case for case, _ in found))
-    return markdown(
-        ["guidance, shift", *ways], [[case, *(shown(found.get((case, way))) for way in ways)] for case in cases]
-    )
+    head = ["guidance, shift", "setting", "passes", *statistics_of, "closer in"]
+    return markdown(head, [list(cells(row)) for row in results["correction"].rows.values()])
 
 
 def plans(results):
     """What plan_lumina2.py gains over the default choice of as many steps, on prompts that it has not seen."""
-    rows = [row for row in vars(results["correction"]).values() if hasattr(row, "plan")]
+
+    def case(row):
+        guidance, shift, cfg_trunc_ratio, k = row.case
+        truncated = f", `cfg_trunc_ratio` {cfg_trunc_ratio:g}" if cfg_trunc_ratio < 1 else ""
+        return [f"{guidance:g}, {shift:g}{truncated}", k]
+
     return markdown(
         ["guidance, shift", "computed steps", "default", "planned"],
-        [[case_of(row), len(row.plan), cell(row, "default"), cell(row, "planned")] for row in rows],
+        [[*case(row), cell(row, "default"), cell(row, "planned")] for row in results["plan"].rows.values()],
     )
-
-
-def few(results):
-    """Few computed of 30 steps, against as many plain ones."""
-    rows = [row for row in vars(results["correction"]).values() if hasattr(row, "few")]
-    rows.sort(key=lambda row: (row.case, row.few))
-    head = ["guidance, shift", "steps", "computed of 30", "plain"]
-    return markdown(head, [[case_of(row), row.few, cell(row, "computed"), cell(row, "plain")] for row in rows])
 
 
 def compare_lumina2(results):
@@ -310,7 +250,7 @@ def compare_memo(results):
 
 def compared(run, steps):
     """Cells of a run of compare_lumina2.py or compare_memo.py."""
-    limits = {name: run[name] for name in ("rel_l1_thresh", "computed_steps", "tolerance") if run.get(name) is not None}
+    limits = {name: run[name] for name in ("rel_l1_thresh", "computed_steps") if run.get(name) is not None}
     name = ", ".join(f"`{name}` {value}" for name, value in limits.items()) if any(limits.values()) else "original"
     if run.get("computed_steps") == steps:
         name = f"{steps} plain steps"
@@ -319,7 +259,7 @@ def compared(run, steps):
 
 
 def real_size(results, which):
-    found = vars(results[f"{which}_real_size"])
+    found = results[f"{which}_real_size"].rows
     rows = [row for row in found.values() if hasattr(row, "step")]
     stock = found["stock"]
     head = ["step", "seconds", "of stock", "loop, speedup"]
@@ -331,7 +271,7 @@ def real_size(results, which):
 
 
 def real_size_parts(results):
-    parts = vars(results["memo_real_size"].parts)
+    parts = vars(results["memo_real_size"].rows["parts"])
     parts = {name: seconds for name, seconds in parts.items() if name != "known"}
     total = sum(parts.values())
     return markdown(
@@ -350,7 +290,7 @@ def measured_on(results, name):
 TABLES = {
     f.__name__: f
     for f in (
-        *(peers, memo_peers, front_lumina2, front_memo, correction, few, plans),
+        *(peers_lumina2, peers_memo, front_lumina2, front_memo, correction, plans),
         *(compare_lumina2, compare_memo, real_size, real_size_parts, measured_on),
     )
 }
@@ -362,7 +302,7 @@ TABLES = {
 
 
 def render(text, results):
-    """The page with the figures of the results."""
+    """The page with the tables of the results."""
 
     def block(match):
         name, *words = match[2].split()
@@ -372,17 +312,7 @@ def render(text, results):
             shown = f"Not measured yet: {missing.args[0]}.\n"
         return match[1] + shown + match[3]
 
-    def inline(match):
-        try:
-            value = eval(match[2], {"__builtins__": {}}, Names(results))
-        except NotMeasured:
-            value = "?"
-        shown = (
-            value if isinstance(value, str) else format(value, match[3] or (".1f" if isinstance(value, float) else ""))
-        )
-        return match[1] + shown + match[4]
-
-    return INLINE.sub(inline, BLOCK.sub(block, text))
+    return BLOCK.sub(block, text)
 
 
 def differences(before, after):
@@ -396,14 +326,10 @@ def differences(before, after):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a page would change")
-    parser.add_argument("--keys", action="store_true", help="list the rows that can be quoted")
     parser.add_argument("--root", type=Path, default=ROOT, help="where the pages are")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     results, wrong = load(args.results), 0
-    if args.keys:
-        print(*(f"{name}.{key}" for name, rows in results.items() for key in vars(rows)), sep="\n")
-        return 0
     for page in PAGES:
         before = (args.root / page).read_text(encoding="utf-8")
         after = render(before, results)

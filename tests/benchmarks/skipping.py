@@ -37,34 +37,6 @@ class EasyCache:
         self.computed_x, self.output = x, output
 
 
-class LinearForecast:
-    """A line through the last two computed outputs, and its measured error: the rule as TAFC is reported to have it.
-
-    Written from a description, not from the paper. At a computed step, the error of the line there (relative, L1) over
-    its number of steps says what a further step will cost; steps are skipped while these add up to less than the threshold.
-    """
-
-    def __init__(self, steps, threshold):
-        self.steps, self.threshold, self.points, self.rate, self.error = steps, threshold, [], None, 0.0
-
-    def forecast(self, t):
-        (_, t0, v0), (_, t1, v1) = self.points
-        return v1 + (v1 - v0) * ((t - t1) / (t1 - t0))
-
-    def skip(self, i, t, x):
-        if self.rate is None or i == self.steps - 1:
-            return None
-        self.error += self.rate * (i - self.points[-1][0])
-        return self.forecast(t) if self.error < self.threshold else None
-
-    def see(self, i, t, x, output):
-        if len(self.points) == 2:
-            error = mean_of(self.forecast(t) - output) / mean_of(output)
-            self.rate = error / (i - self.points[-1][0])
-        self.points = [*self.points[-1:], (i, t, output)]
-        self.error = 0.0
-
-
 class PrediT:
     """PrediT, arXiv 2602.18093: an Adams-Bashforth forecast whose horizon follows the change of the output.
 
@@ -90,6 +62,69 @@ class PrediT:
             change = mean_of(output - last) / mean_of(last) / (i - j)
             self.horizon = 0 if change > self.high else min(8, int(self.threshold / (change + 1e-8) ** (1 / 3)))
         self.points = [*self.points[-2:], (i, t, output)]
+
+
+class FoCa:
+    """FoCa, arXiv 2508.16211, at the steps of a schedule: forecast with BDF2, then calibrate with Heun's rule.
+
+    The paper's equations were not found: this is what the comments of cache-dit's FoCaCalibrator say, in unequal steps.
+    BDF2, with the slope of the last two values (computed or forecast), goes on along that slope. Heun's rule then starts
+    from the last computed value, with the mean of this slope and that of the last two computed values.
+    """
+
+    def __init__(self, steps, schedule):
+        self.schedule, self.computed, self.values = schedule, [], []
+
+    def skip(self, i, t, x):
+        if self.schedule[i]:
+            return None
+        last_t, last = self.computed[-1]
+        if len(self.computed) == 1:
+            return last
+        output = last + (t - last_t) / 2 * (slope(self.computed) + slope(self.values))
+        self.values = [*self.values[-1:], (t, output)]
+        return output
+
+    def see(self, i, t, x, output):
+        self.computed = [*self.computed[-1:], (t, output)]
+        self.values = [*self.values[-1:], (t, output)]
+
+
+def slope(points):
+    (t0, v0), (t1, v1) = points
+    return (v1 - v0) / (t1 - t0)
+
+
+class L2P:
+    """L2P, arXiv 2604.26365, at the steps of a schedule: a step's own weights for the outputs computed before it.
+
+    The paper's equations and code were not found: this is what its abstract says. weights: see `fit`.
+    """
+
+    def __init__(self, steps, schedule, weights):
+        self.schedule, self.weights, self.computed = schedule, weights, []
+
+    def skip(self, i, t, x):
+        if self.schedule[i]:
+            return None
+        history = self.computed[-len(self.weights[i]) :]
+        return sum(weight * output for weight, output in zip(self.weights[i], history))
+
+    def see(self, i, t, x, output):
+        self.computed.append(output)
+
+    @staticmethod
+    def fit(trajectory, schedule, longest=4):
+        """{step: weights} of at most `longest` computed outputs, by least squares. trajectory: the outputs of all steps."""
+        weights, computed = {}, []
+        for i, is_computed in enumerate(schedule):
+            if is_computed:
+                computed.append(i)
+            else:
+                history = torch.stack([trajectory[j].flatten() for j in computed[-longest:]], 1).double()
+                target = trajectory[i].flatten().double()
+                weights[i] = torch.linalg.lstsq(history, target[:, None]).solution[:, 0].tolist()
+        return weights
 
 
 class Blocks(torch.nn.Module):
