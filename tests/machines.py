@@ -173,10 +173,10 @@ class Oracle:
     def __call__(self, *args, **kwargs):
         (step, branch), seen = self.where, {}
         memory = self.branches.setdefault(branch, {})
-        if memory.get("step") not in (step, step - 1):
+        if memory.get("step") not in (step, step - 1) or kwargs.get("update_past_memory", False):
             memory.clear()
         memory["step"] = step
-        needed = "made" not in memory or kwargs.get("update_past_memory", False)
+        needed = "made" not in memory
 
         def last_module(module, inputs):
             if len(self.schedule) == step:

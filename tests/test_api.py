@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import LUMINA2, ROOT, equal
-
 from machines import kept
 
 THRESH = dict(rel_l1_thresh=0.1)
@@ -118,7 +117,10 @@ def test_class_attributes_and_constants(machine, patched_class, monkeypatch):
         *[(dict(rel_l1_thresh=t), "must be a number of at least 0") for t in (-0.1, math.nan, math.inf)],
         *[(dict(num_steps=8, computed_steps=k), "whole number from 2 to 8") for k in (-1, 0, 1, 9, 2.5, math.nan)],
         (dict(num_steps=1, computed_steps=2), "from 1 to 1"),
-        *[(dict(computed_steps=k), "rising whole numbers from 0") for k in ([], [1, 5], [0, 5, 3], [0, 2.5, 4], [0, 0])],
+        *[
+            (dict(computed_steps=k), "rising whole numbers from 0")
+            for k in ([], [1, 5], [0, 5, 3], [0, 2.5, 4], [0, 0])
+        ],
         (dict(num_steps=8, computed_steps=[0, 4, 8]), "a list for 9 steps, not for 8"),
         (dict(computed_steps=[0, 4, 8]), "a list for 9 steps, not for"),  # the constant
         (dict(rel_l1_thresh=0.0, computed_steps=4), "not both"),

@@ -16,7 +16,6 @@ COMPUTED = {  # ways in which every step is computed
     "threshold": dict(rel_l1_thresh=1e-9, coefficients=[1e9, 1.0]),
     "threshold 0": dict(rel_l1_thresh=0),
     "computed steps": dict(computed_steps=9),
-    "tolerance": dict(tolerance=0.0),
 }
 
 
@@ -42,7 +41,7 @@ def test_a_computed_step_is_stock_bit_for_bit(return_dict, lengths, dtype, way):
         apply_teacache(model, 9, **COMPUTED[way])
         for t in (0.1, 0.2, 0.25):  # the last call is a middle step
             ours = once(model, lengths, dtype, return_dict=return_dict, t=t)
-    assert [b.is_empty for b in model.teacache.branches] == [way == "threshold 0"]
+    assert tensors_in(model.teacache) or way == "threshold 0"
     assert model.teacache.schedule == [True] * 3
     assert type(ours) is type(stock) is (Transformer2DModelOutput if return_dict else tuple)
     assert ours[0].dtype == dtype and torch.equal(ours[0], stock[0])
@@ -62,7 +61,7 @@ def test_a_skipped_step_returns_what_a_computed_one_does(model, way, return_dict
 def test_a_mask_only_where_there_is_padding(model):
     """As stock does: without a mask the fast attention kernels can be used."""
     masks = []
-    model.layers[0].register_forward_pre_hook(lambda _, args: masks.append(args[1]))
+    model.layers[1].register_forward_pre_hook(lambda _, args: masks.append(args[1]))
     apply_teacache(model, 9, rel_l1_thresh=0.1)
     with torch.no_grad():
         once(model, (4, 4), t=0.1)
@@ -104,7 +103,7 @@ def test_gradients_are_the_stock_ones(model, checkpointing):
     apply_teacache(model, 10, rel_l1_thresh=100.0, coefficients=IDENTITY)
     ours = [gradients(t) for t in (0.1, 0.2, 0.3)][-1]
     assert len(stock) > 20 and equal(ours, stock)
-    assert model.teacache.schedule == [] and tensors_in(model.teacache) == []
+    assert model.teacache.schedule == [True] and tensors_in(model.teacache) == []
 
 
 def test_gradient_checkpointing_runs_a_block_again_for_its_gradients(model):
@@ -142,15 +141,13 @@ def test_with_a_budget_it_runs_no_module_at_all(depth):
     assert skipped == [[]] * 10
 
 
-@pytest.mark.parametrize("way", [dict(computed_steps=3), dict(tolerance=1.0)], ids=str)
-def test_guidance_compares_no_values(way, monkeypatch):
-    """It would wait for the GPU: branches are told apart by identity, values are for tensors that were cast anew."""
-    model, compared = tiny_model(num_layers=1), []
-    apply_teacache(model, 8, **way)
-    equal_values = torch.equal
-    monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(1) or equal_values(a, b))
+def test_guidance_compares_no_values(monkeypatch):
+    """It would wait for the GPU: values are for tensors that were cast anew."""
+    model = tiny_model(num_layers=1)
+    apply_teacache(model, 8, computed_steps=3)
+    monkeypatch.setattr(torch, "equal", lambda a, b: 1 / 0)
     denoise(model, PROMPT, NEGATIVE, steps=8)
-    assert len(compared) <= 2, "once, when the second branch is new"
+    assert sum(model.teacache.schedule) == 3
 
 
 def test_with_a_threshold_it_runs_no_block(model):
@@ -159,9 +156,8 @@ def test_with_a_threshold_it_runs_no_block(model):
     assert len(first) == len(second) == 6
     for names in first + second:
         assert "noise_refiner.0" in names and "norm_out" in names
-        assert not [n for n in names if n.startswith("layers") and not n.startswith("layers.0.norm1")]
-    assert all("layers.0.norm1" in names for names in first), "the first pass decides"
-    assert not any(n.startswith("layers") for names in second for n in names)
+        inside = [name for name in names if name.startswith("layers") and name != "layers.0"]
+        assert all(name.startswith("layers.0.norm1") for name in inside) and bool(inside) == (names in first)
 
 
 # --- the modes of the pipeline -----------------------------------------------------------
@@ -196,7 +192,6 @@ MODES = {
 WAYS = {
     "threshold": dict(rel_l1_thresh=0.15),
     "computed steps": dict(computed_steps=4),
-    "tolerance": dict(tolerance=1.0),
 }
 
 
@@ -227,23 +222,9 @@ def test_a_branch_that_returns_is_computed(model, way):
                     assert bool(calls) == (step in (0, 8) or (name == "uncond" and step == 4)), (step, name)
 
 
-@pytest.mark.parametrize("way", [dict(rel_l1_thresh=0.3, coefficients=IDENTITY), dict(computed_steps=4)], ids=str)
-def test_a_replaced_prompt_is_forgotten_a_step_later(way):
-    """However often it is replaced: the tensors of two steps at most."""
-    model, held = tiny_model(num_layers=1), []
-    switch = {s: replaced(s) for s in range(1, 6)}
-    kept = {id(t) for pair in (PROMPT, NEGATIVE, *switch.values()) for t in pair}
-    apply_teacache(model, 6, **way)
-    model.layers[0].register_forward_pre_hook(
-        lambda *_: held.append(len([t for t in tensors_in(model.teacache) if id(t) not in kept]))
-    )
-    denoise(model, PROMPT, NEGATIVE, steps=6, switch=switch)
-    assert 0 < max(held) <= 3 * 3
-
-
 @pytest.mark.parametrize("way", [dict(rel_l1_thresh=1e9), dict(computed_steps=2)], ids=str)
 def test_tiles_of_two_sizes(model, way):
-    """One prompt, whichever size comes first in a step."""
+    """One prompt: calls are known by their order, and computed where another size comes first in a step."""
     apply_teacache(model, 9, coefficients=IDENTITY, **way)
     calls, latents = [], [torch.randn(1, CHANNELS, 4, width) for width in (4, 6)]
     model.layers[-1].register_forward_hook(lambda *_: calls.append(1))
@@ -252,5 +233,4 @@ def test_tiles_of_two_sizes(model, way):
             for i in order:
                 (output,) = model(latents[i], torch.tensor([t]), *PROMPT, return_dict=False)
                 assert output.shape == latents[i].shape
-    threshold = "rel_l1_thresh" in way  # measures the first call of a step, which is another in the third
-    assert model.teacache.schedule == [True, False, threshold] and len(calls) == 2 + 2 * threshold
+    assert model.teacache.schedule == [True, False, True] and len(calls) == 4

@@ -79,27 +79,21 @@ def writing(forward, at):
     return call
 
 
-@pytest.mark.parametrize(
-    "settings, computed",
-    [(WAYS[0], [0, 3, 5, STEPS - 1]), ({"computed_steps": 6}, None)],
-    ids=["threshold", "budget"],
-)
-def test_a_call_that_writes_memory_is_computed(model, settings, computed):
-    """In the middle of a later clip. A budget counts these steps."""
+@pytest.mark.parametrize("settings", [WAYS[0], {"computed_steps": [0, 2, STEPS - 1]}], ids=["threshold", "list"])
+def test_a_call_that_writes_memory_is_computed(model, settings):
+    """In the middle of a later clip, too. These steps come on top of the chosen ones."""
     clip, extra = Clip(), (3, 5)
     apply_teacache(model, STEPS, **settings)
     denoise(MACHINE.stock(model), clip)
-    before, budget = memory(model), settings.get("computed_steps")
+    before = memory(model)
     oracle = Oracle(MACHINE, model, STEPS, **settings)
     expected = MACHINE.denoise(writing(oracle, extra), clip, first=False, before=oracle.at)
     expected_memory = memory(model)
     set_memory(model, before)
     assert equal(denoise(writing(model, extra), clip, first=False), expected)
-    assert equal(memory(model), expected_memory)
-    schedule = model.teacache.schedule
-    assert schedule == oracle.schedule and all(schedule[i] for i in (0, *extra, -1))
-    assert computed is None or [i for i, each in enumerate(schedule) if each] == computed
-    assert budget is None or sum(schedule) == budget
+    assert equal(memory(model), expected_memory) and model.teacache.schedule == oracle.schedule
+    chosen = settings.get("computed_steps", (0, STEPS - 1))
+    assert [i for i, computed in enumerate(oracle.schedule) if computed] == sorted({*extra, *chosen})
 
 
 @pytest.mark.parametrize("settings", WAYS, ids=str)
@@ -125,7 +119,7 @@ def test_a_budget_is_kept_in_every_clip(model, budget):
         assert (sum(schedule), len(schedule)) == (budget, 20) and schedule[0] and schedule[-1]
         steps = [j for j, computed in enumerate(schedule) if computed]
         gaps = [b - a for a, b in zip(steps, steps[1:])]
-        assert max(gaps) - min(gaps) <= 2, gaps
+        assert max(gaps) - min(gaps) <= 3, gaps
 
 
 def test_clips_of_other_shapes(model, some):

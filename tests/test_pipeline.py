@@ -1,5 +1,6 @@
 """The bundled pipeline: its modes with TeaCache, and that it is what it says."""
 
+import gc
 import json
 import re
 import subprocess
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import BUNDLED, ROOT, tensors_in
+from diffusers import Lumina2Pipeline
 from safetensors import safe_open
 
 from TeaCache4LuminaT2X import teacache_lumina2
@@ -74,6 +76,83 @@ def test_a_prompt_replaced_by_the_callback(pipeline):
     assert again == [True, False, False, False, True, False, False, True] and not torch.equal(plain, replaced)
 
 
+def draw(pipeline, **kwargs):
+    settings = {"num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "latent"}
+    return pipeline("blue apple", generator=torch.Generator().manual_seed(0), **settings, **kwargs).images
+
+
+@pytest.fixture
+def applied(pipeline):
+    """What the plain pipeline draws, and what it draws with TeaCache, which is on."""
+    stock = draw(pipeline)
+    apply_teacache(pipeline, computed_steps=3)
+    yield stock, draw(pipeline)
+    remove_teacache(pipeline)
+
+
+REMADE = {
+    "from_pipe": lambda pipeline: Lumina2Pipeline.from_pipe(pipeline),
+    "components": lambda pipeline: Lumina2Pipeline(**pipeline.components),
+}
+
+
+@pytest.mark.parametrize("how", REMADE)
+def test_a_pipeline_made_anew_from_itself(pipeline, applied, how):
+    """The first one is collected; network and scheduler know each other."""
+    first = REMADE[how](pipeline)
+    apply_teacache(first, computed_steps=3)
+    second = REMADE[how](first)
+    del first
+    gc.collect()
+    second.set_progress_bar_config(disable=True)
+    assert torch.equal(draw(second), applied[1])
+    assert repr(second.transformer.teacache).startswith("3 of 6 steps computed")
+    remove_teacache(second)
+    assert torch.equal(draw(second), applied[0])
+
+
+@pytest.mark.parametrize("how", ["applied", "components"])
+def test_a_pipeline_saved_while_applied_is_a_stock_one(pipeline, applied, how, tmp_path):
+    """As the scheduler's class is not ours to name."""
+    (pipeline if how == "applied" else Lumina2Pipeline(**pipeline.components)).save_pretrained(tmp_path)
+    index = json.loads(read(tmp_path, "model_index.json"))
+    assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    assert "teacache" not in read(tmp_path, "scheduler", "scheduler_config.json").lower()
+    loaded = Lumina2Pipeline.from_pretrained(tmp_path)
+    loaded.set_progress_bar_config(disable=True)
+    assert torch.allclose(draw(loaded), applied[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("way", [dict(computed_steps=3), dict(rel_l1_thresh=0.3)], ids=str)
+def test_another_cache_on_an_applied_pipeline(pipeline, way):
+    """Both, or one line that says what to do; and each is as before when the other has gone."""
+    cache_dit = pytest.importorskip("cache_dit")
+    apply_teacache(pipeline, **way)
+    try:
+        expected = draw(pipeline)
+        cache_dit.enable_cache(pipeline)
+        try:
+            if "computed_steps" in way:
+                assert draw(pipeline).isfinite().all() and sum(pipeline.transformer.teacache.schedule) == 3
+            else:
+                with pytest.raises(ValueError, match="use computed_steps, or remove the other cache") as error:
+                    draw(pipeline)
+                assert "\n" not in str(error.value)
+        finally:
+            cache_dit.disable_cache(pipeline)
+        assert torch.equal(draw(pipeline), expected)
+    finally:
+        remove_teacache(pipeline)
+    stock = draw(pipeline)
+    cache_dit.enable_cache(pipeline)
+    try:
+        with pytest.raises(ValueError, match="was replaced: apply TeaCache before that"):
+            apply_teacache(pipeline, **way)
+    finally:
+        cache_dit.disable_cache(pipeline)
+    assert torch.equal(draw(pipeline), stock)
+
+
 # --- what is shipped -----------------------------------------------------------------------
 
 
@@ -126,7 +205,7 @@ def test_constants_are_the_published_ones():
     assert teacache_lumina2.COEFFICIENTS == teacache_lumina2.COEFFICIENTS_V1 == v1
     assert teacache_lumina2.COEFFICIENTS_V2 == v2
     assert teacache_lumina2.REL_L1_THRESH == 0.3 and teacache_lumina2.NUM_INFERENCE_STEPS == 30
-    assert teacache_lumina2.COMPUTED_STEPS is teacache_lumina2.TOLERANCE is None
+    assert teacache_lumina2.COMPUTED_STEPS is None
 
 
 def test_no_machine_in_tracked_files():

@@ -9,18 +9,13 @@ from conftest import ROOT
 
 FOLDERS = "TeaCache4LuminaT2X", "TeaCache4Memo"
 SCRIPTS = "TeaCache4LuminaT2X/teacache_lumina2.py", "TeaCache4Memo/teacache_memo.py"
-OWN = "REL_L1_THRESH COMPUTED_STEPS NUM_INFERENCE_STEPS SEED MODEL NETWORK COEFFICIENTS teacache_forward".split()
-OWN += [
-    "WHICH_SETTING",
-    "parse_args",
-    "load_pipeline",
-    "generate",
-    "main",
-]  # what each script has of its own, under one name
-SHARED = (
-    "should_calc by_threshold by_budget by_tolerance relative_l1 rescale Branch Settings TeaCacheState Clock".split()
-)
-SHARED += "begin_call apply_teacache remove_teacache check_settings DAMPING CURVATURE LONGEST_GAP".split()
+OWN = "REL_L1_THRESH COMPUTED_STEPS NUM_INFERENCE_STEPS SEED MODEL NETWORK COEFFICIENTS OUTPUT".split()
+OWN += (
+    "teacache_forward modulated_input build_parser one_line_errors parse_args load_pipeline generate main".split()
+)  # one name, two texts
+SHARED = "relative_l1 rescale choose_steps extrapolate Branch is_same TeaCacheState find_step count_step follow".split()
+SHARED += "compute_all new_generation Corrector CorrectedEulerScheduler is_corrected watch apply_teacache".split()
+SHARED += "remove_teacache BoundForward find_network find_forward check_plan check_settings DAMPING CORRECT".split()
 
 
 def read(path):
