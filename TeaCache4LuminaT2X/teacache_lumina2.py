@@ -95,9 +95,8 @@ def teacache_forward(
             unscale_lora_layers(self, lora_scale)
 
     # ---- TeaCache: a step that is skipped by extrapolation runs no part of the network ----
-    cache = find_step(
-        self, sigma=1 - timestep.flatten()[0].float(), latents=hidden_states
-    )  # one sigma for the whole batch
+    sigma = 1 - timestep.flatten()[0].float()  # one for the whole batch
+    cache = find_step(self, sigma, hidden_states)
     branch = cache.begin_call(hidden_states, encoder_hidden_states, encoder_attention_mask)
     if cache.plan is not None and not cache.should_calc(branch):
         output = extrapolate(branch.outputs, cache.sigma)
@@ -362,7 +361,7 @@ class TeaCacheState:
         branch.previous_modulated_input = modulated_input
 
     def keep(self, branch, output, residual):
-        """What a skipped step will use, at the end of a call: one that fails leaves nothing."""
+        """What skipped steps will use. At the end of a call, so that one that fails leaves nothing new."""
         if self.by_threshold:
             branch.previous_residual = residual
         elif self.is_on:

@@ -392,7 +392,7 @@ class TeaCacheState:
         branch.previous_modulated_input = modulated_input
 
     def keep(self, branch, output, residual):
-        """What a skipped step will use, at the end of a call: one that fails leaves nothing."""
+        """What skipped steps will use. At the end of a call, so that one that fails leaves nothing new."""
         if self.by_threshold:
             branch.previous_residual = residual
         elif self.is_on:
