@@ -460,8 +460,8 @@ class Corrector:
     """Moves the latents to where they would be, had the skipped steps known what the next computed step knows.
 
     A skipped step j uses an extrapolated velocity. The next computed step shows the velocity v at its sigma s, so that
-    those in between can be interpolated: p(s[j]) on the polynomial through the last four computed velocities (fewer, as
-    long as there are fewer). With n, the sigma of the next step, the latents are moved by
+    those in between can be interpolated: p(s[j]) on the polynomial through four computed velocities, v and earlier ones
+    (fewer, as long as there are fewer). With n, the sigma of the next step, the latents are moved by
 
         s / (2 s - n)  times the sum of  (s[j+1] - s[j]) (p(s[j]) - used[j])
 
@@ -476,7 +476,7 @@ class Corrector:
     """
 
     def __init__(self):
-        self.computed = []  # (sigma, velocity) of the last three computed steps
+        self.computed = []  # (sigma, velocity) of the computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
         self.kind = None  # number of calls and shape: where it changes, guidance has ended, say
 
@@ -487,14 +487,27 @@ class Corrector:
         if not is_computed:
             self.skipped.append((sigma, next_sigma, velocity))
             return 0.0
-        earlier = [(s, v) for s, v in self.computed if s > sigma]  # a scheduler may repeat a sigma
+        self.computed = [(s, v) for s, v in self.computed if s > sigma]  # a scheduler may repeat a sigma
         total = 0.0
-        if earlier and sigma > 0:
+        if self.computed and sigma > 0:
+            points = [*spaced(self.computed, self.computed[-1][0] - sigma), (sigma, velocity)]
             for s, next_s, used in self.skipped:
-                total = total + (next_s - s) * (interpolate([*earlier, (sigma, velocity)], s) - used)
+                total = total + (next_s - s) * (interpolate(points, s) - used)
             total = total * (sigma / (2 * sigma - next_sigma))
-        self.computed, self.skipped = [*earlier[-2:], (sigma, velocity)], []
+        self.computed, self.skipped = [*self.computed, (sigma, velocity)], []
         return total
+
+
+def spaced(points, gap):
+    """The last of the points (sigma, velocity) and up to two before it, each at least 3/4 of the gap from the next.
+
+    Points that lie close together say little about the curve across a long gap.
+    """
+    chosen = [points[-1]]
+    for point in reversed(points[:-1]):
+        if len(chosen) < 3 and point[0] - chosen[0][0] >= 0.75 * gap:
+            chosen.insert(0, point)
+    return chosen
 
 
 def interpolate(points, s):
