@@ -93,9 +93,10 @@ def make(pipeline, audio_proj, args, config, path, job, bar):
         inputs = teacache_memo.prepare(job["image"], job["audio"], config, folder, args.emotion)
         settings = {"rel_l1_thresh": args.rel_l1_thresh, "computed_steps": args.computed_steps}
         clips = teacache_memo.generate(pipeline, audio_proj, inputs, config, args.seed, bar=bar, **settings)
-        path = teacache_memo.write_video(clips, path, config.fps, inputs.sound)
+        made = teacache_memo.write_video(clips, path, config.fps, inputs.sound)
+    if made != path:  # another run has made the same video meanwhile
+        made.unlink()
     path.with_suffix(".json").write_text(json.dumps(job), encoding="utf-8")
-    return path
 
 
 def main(argv=None):
@@ -122,7 +123,8 @@ def main(argv=None):
                     continue
                 try:
                     remove_leftovers(path)
-                    print(f"saved {make(pipeline, audio_proj, args, config, path, jobs[path], bar)}", flush=True)
+                    make(pipeline, audio_proj, args, config, path, jobs[path], bar)
+                    print(f"saved {path}", flush=True)
                 except Exception as error:
                     failed.append(str(path))
                     print(f"{path} failed: {type(error).__name__}: {error}", file=sys.stderr)

@@ -392,7 +392,7 @@ class TeaCacheState:
         branch.previous_modulated_input = modulated_input
 
     def keep(self, branch, output, residual):
-        """What a skipped step will use, at the end of a call: one that fails leaves nothing."""
+        """What skipped steps will use. At the end of a call, so that one that fails leaves nothing new."""
         if self.by_threshold:
             branch.previous_residual = residual
         elif self.is_on:
@@ -465,9 +465,11 @@ class Corrector:
 
         s / (2 s - n)  times the sum of  (s[j+1] - s[j]) (p(s[j]) - used[j])
 
-    Why the factor: v is measured at latents that have drifted by d. As long as the network predicts the same image
-    x - s v there, v is too large by d / s, and the step that follows, of length s - n, undoes (s - n) / s of the drift
-    by itself. The factor is 1 / (1 + (s - n) / s): nearly 1 in the short steps at the beginning, 1/2 in the last step.
+    Why not a line through two: it lies on the other side of the curve from the extrapolation, so that the difference
+    would be a third too large. Why the factor: v is measured at latents that have drifted by d. If the network predicts
+    the same image x - s v there, v is too large by d / s, and the step that follows undoes the share (s - n) / s of the
+    drift by itself: n / s is left to correct. As the prediction follows the latents in part, s / (2 s - n) is used. It
+    is n / s to first order, nearly 1 in the short steps at the beginning, and 1/2 instead of 0 in the last one.
 
     The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867), and for caches in PrediT
     (arXiv 2602.18093). Here it acts on the latents, after guidance, however the steps were skipped.
