@@ -31,17 +31,6 @@ def test_apply_touches_one_instance_and_remove_leaves_nothing(machine):
     assert set(vars(machine.script.remove_teacache(other))) == before, "also what was never applied"
 
 
-def test_applied_again_the_new_settings_hold(machine):
-    model, job = machine.model(), machine.job()
-    machine.apply(model, computed_steps=3)
-    machine.denoise(model, job)
-    assert sum(model.teacache.schedule) == 3
-    machine.apply(model, rel_l1_thresh=1e9)
-    assert model.teacache.schedule == [] and model.computed_steps is None
-    machine.denoise(model, job)
-    assert sum(model.teacache.schedule) == 2
-
-
 @pytest.fixture
 def patched_class(machine, monkeypatch):
     """The original way of TeaCache, with all the attributes that existing code sets."""

@@ -208,21 +208,6 @@ def test_modes(way, mode):
 
 
 @pytest.mark.parametrize("way", [dict(rel_l1_thresh=1e9), dict(computed_steps=2)], ids=str)
-def test_a_branch_that_returns_is_computed(model, way):
-    """Guidance that pauses: what its branch kept is too old, also where the step itself is skipped."""
-    apply_teacache(model, 9, coefficients=IDENTITY, **way)
-    calls, latents = [], torch.randn(1, CHANNELS, 4, 4, generator=torch.Generator().manual_seed(0))
-    model.layers[-1].register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        for step in range(9):
-            for name, pair in {"cond": PROMPT, "uncond": NEGATIVE}.items():
-                if name == "cond" or step in (0, 1, 4, 5):
-                    calls.clear()
-                    model(latents, torch.tensor([step / 9]), *pair)
-                    assert bool(calls) == (step in (0, 8) or (name == "uncond" and step == 4)), (step, name)
-
-
-@pytest.mark.parametrize("way", [dict(rel_l1_thresh=1e9), dict(computed_steps=2)], ids=str)
 def test_tiles_of_two_sizes(model, way):
     """One prompt: calls are known by their order, and computed where another size comes first in a step."""
     apply_teacache(model, 9, coefficients=IDENTITY, **way)

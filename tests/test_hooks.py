@@ -177,21 +177,16 @@ def test_a_stock_forward_that_hooks_left_behind_is_none_of_others(machine):
     assert equal(machine.denoise(machine.apply(model, **WAY), job), tuple(cached))
 
 
-def test_a_wrapper_that_was_there_before_is_refused(machine):
+@pytest.mark.parametrize("how", ["around it", "bound"])
+def test_a_wrapper_that_was_there_before_is_refused(machine, how):
+    """Such as another cache."""
     model = machine.model()
-    model.forward = Counter().wrap(model.forward)
+    bound = (lambda self, *args, **kwargs: None).__get__(model)
+    model.forward = Counter().wrap(model.forward) if how == "around it" else bound
     before = dict(vars(model))
     with pytest.raises(ValueError, match="forward of this .* was replaced: apply TeaCache before that") as error:
         machine.apply(model, **WAY)
     assert "\n" not in str(error.value) and vars(model) == before
-
-
-def test_another_method_bound_to_the_model_is_a_wrapper(machine):
-    """As other caches patch an instance."""
-    model = machine.model()
-    model.forward = (lambda self, *args, **kwargs: None).__get__(model)
-    with pytest.raises(ValueError, match="was replaced"):
-        machine.apply(model, **WAY)
 
 
 WRAPPED = {

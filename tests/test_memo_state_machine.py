@@ -122,15 +122,6 @@ def test_a_budget_is_kept_in_every_clip(model, budget):
         assert max(gaps) - min(gaps) <= 3, gaps
 
 
-def test_clips_of_other_shapes(model, some):
-    """One after another on one model: each as fresh."""
-    apply_teacache(model, STEPS, some)
-    others = [{"size": (6, 4)}, {"frames": 3}, {"guided": False}, {"past": 1, "seed": 3}, {"seed": 4}]
-    for other in (*others, {"mask_cond_fea": torch.ones(2, 32, 2, 4, 4)}):
-        for clip in (Clip(), Clip(**other)):
-            assert 2 <= sum(as_oracle(model, clip)) < STEPS
-
-
 # --- steps and calls --------------------------------------------------------------------------------
 
 

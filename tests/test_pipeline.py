@@ -54,28 +54,6 @@ def test_modes(pipeline, kwargs):
         remove_teacache(model)
 
 
-def test_a_prompt_replaced_by_the_callback(pipeline):
-    """The step is computed with the new one; without a replacement the callback changes nothing."""
-    model, (other, *_) = pipeline.transformer, pipeline.encode_prompt("green apple", False)
-
-    def draw(replace):
-        def callback(pipe, step, timestep, given):
-            return given | ({"prompt_embeds": other} if replace and step == 3 else {})
-
-        more = {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
-        generator = torch.Generator().manual_seed(0)
-        settings = {"num_inference_steps": 8, "guidance_scale": 1.0, "output_type": "latent", "generator": generator}
-        return pipeline("blue apple", **settings, **more).images, model.teacache.schedule
-
-    try:
-        apply_teacache(model, 8, 1e9, [1.0, 0.0])
-        (plain, schedule), (replaced, again) = draw(False), draw(True)
-    finally:
-        remove_teacache(model)
-    assert schedule == [True] + [False] * 6 + [True]
-    assert again == [True, False, False, False, True, False, False, True] and not torch.equal(plain, replaced)
-
-
 def draw(pipeline, **kwargs):
     settings = {"num_inference_steps": 6, "guidance_scale": 1.0, "output_type": "latent"}
     return pipeline("blue apple", generator=torch.Generator().manual_seed(0), **settings, **kwargs).images

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 FOLDERS = "TeaCache4LuminaT2X", "TeaCache4Memo"
 SCRIPTS = "TeaCache4LuminaT2X/teacache_lumina2.py", "TeaCache4Memo/teacache_memo.py"
-OWN = "REL_L1_THRESH COMPUTED_STEPS NUM_INFERENCE_STEPS SEED MODEL NETWORK COEFFICIENTS OUTPUT".split()
+OWN = "REL_L1_THRESH COMPUTED_STEPS NUM_INFERENCE_STEPS SEED MODEL NETWORK COEFFICIENTS".split()
 OWN += (
     "teacache_forward modulated_input build_parser one_line_errors parse_args load_pipeline generate main".split()
 )  # one name, two texts

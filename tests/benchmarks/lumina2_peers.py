@@ -264,7 +264,7 @@ class Measurement:
         key = record.slug(method, setting)
         if key in self.results.rows:
             return
-        began = time.process_time()
+        began, self.lab.passes = time.process_time(), 0.0
         images = draw(steps, SHIFT, *args, **settings)
         row = {"method": method, "setting": str(setting), "passes": round(self.lab.passes, 2)}
         if threshold is not None:

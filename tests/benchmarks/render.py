@@ -118,7 +118,7 @@ def difference(row, rows, to="float32"):
     mine, is_reference = ours_against(row, rows), min(of_prompts(row, to)) >= 98.5
     if mine is None or is_ours(row) or is_reference:
         return ""
-    gain, error = paired(mine, row, to)
+    gain, error = (round(value, 1) for value in paired(mine, row, to))  # as shown
     shown = f"{gain:+.1f} ± {error:.1f}"
     return f"{mine.setting}: " + (f"tie ({shown})" if abs(gain) <= error else shown)
 
