@@ -72,7 +72,7 @@ def test_defaults(fake, tmp_path, monkeypatch, capsys):
     assert (args.model, args.device, args.dtype, args.offload) == (str(BUNDLED), "cpu", "float32", "none")
     note, saved = capsys.readouterr().out.splitlines()
     assert "bundled" in note and "--model Alpha-VLLM/Lumina-Image-2.0" in note
-    used = r"2 of 3 steps computed \(computed_steps 7, corrected\), seed 1024"
+    used = r"2 of 3 steps computed \(computed_steps 7\), seed 1024"
     assert re.fullmatch(rf"saved teacache_lumina2_output.png: [\d.]+ s, {used}", saved)
     assert [p.name for p in tmp_path.iterdir()] == ["teacache_lumina2_output.png"]
 
@@ -85,7 +85,7 @@ def test_nothing_is_overwritten(fake, tmp_path, monkeypatch, capsys):
         (tmp_path / file).write_text("mine")
     main(["--rel-l1-thresh", "0.25", "--seed", "7"])
     assert f"saved {name('_2')}" in (out := capsys.readouterr().out)
-    assert "(rel_l1_thresh 0.25, corrected), seed 7" in out
+    assert "(rel_l1_thresh 0.25), seed 7" in out
     monkeypatch.setattr(Fake, "__call__", taking(Fake.__call__, tmp_path / name("_4")))
     main([])
     assert f"saved {name('_4_2')}" in capsys.readouterr().out
@@ -294,6 +294,14 @@ def test_it_draws_what_the_plain_pipeline_does(pipeline):
     expected = np.asarray(pipeline("red apple", num_inference_steps=3, generator=generator).images[0])
     assert np.array_equal(uncached, expected) and every == [True] * 3
     assert not np.array_equal(ours, expected) and schedule == [True, False, True]
+
+
+@pytest.mark.parametrize("computed, correct, says", [("2", True, ", corrected"), ("2", False, ""), ("3", True, "")])
+def test_the_closing_line_tells_whether_it_was_corrected(computed, correct, says, tmp_path, monkeypatch, capsys):
+    """Where steps were skipped, unless it was switched off."""
+    monkeypatch.setattr(teacache_lumina2, "CORRECT", correct)
+    main([*FAST, "--computed-steps", computed, "--output", str(tmp_path / "x.png")])
+    assert f"{computed} of 3 steps computed (computed_steps {computed}{says}), seed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
