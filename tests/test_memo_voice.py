@@ -445,9 +445,10 @@ def test_a_disk_that_is_full_at_the_end(here, monkeypatch):  # noqa: F811
 
     def cut_short(path, *args, **options):
         writer = write_frames(path, *args, **options)
+        writer.send(None)
         try:
             while True:
-                writer.send((yield)) if writer.gi_frame.f_lasti > 0 else writer.send(None)
+                writer.send((yield))
         finally:
             writer.close()
             data = Path(path).read_bytes()
