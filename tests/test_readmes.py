@@ -40,7 +40,9 @@ def test_every_command_is_accounted_for():
     """MEMO's commands run in test_memo_cli.py and test_memo_batch.py, `accelerate launch` in the tests of the tools."""
     known = *TOOLS, "teacache_memo.py", "compare_memo.py", "batch_memo.py", "tests/benchmarks/", "tox", "pytest", "ruff"
     for command in COMMANDS:
-        assert command.startswith(("pip install", "git clone")) or any(name in command for name in known), command
+        assert command.startswith(("pip install", "git clone", "cd ")) or any(name in command for name in known), (
+            command
+        )
     assert len(LUMINA_COMMANDS) >= 7
 
 
@@ -77,13 +79,11 @@ def test_benchmark_commands(command):
 
 
 def test_python_snippets_of_the_front_page(monkeypatch, tmp_path):
-    """To the letter, but for the number of steps. The other one, of MEMO, runs in test_memo_cli.py."""
+    """To the letter, but for the number of steps."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    snippets = re.findall(r"```python\n(.*?)```", FRONT, re.S)
-    assert len(snippets) == 2
-    for snippet in (s for s in snippets if "memo" not in s):
-        exec(snippet.replace("=30", "=4").replace("=15", "=2"), {})
+    (snippet,) = re.findall(r"```python\n(.*?)```", FRONT, re.S)
+    exec(snippet.replace("=30", "=4").replace("=15", "=2"), {})
     assert (tmp_path / "apple.png").is_file()
 
 
@@ -91,17 +91,19 @@ def test_python_snippets_of_lumina(pipeline, monkeypatch, capsys):
     """Applying and removing, then the class-attribute way."""
     from diffusers import Lumina2Transformer2DModel
 
-    recipes, instance, alone, of_class = re.findall(r"```python\n(.*?)```", LUMINA, re.S)
+    recipes, instance, of_class = re.findall(r"```python\n(.*?)```", LUMINA, re.S)
     source = (ROOT / "TeaCache4LuminaT2X" / "teacache_lumina2.py").read_text(encoding="utf-8")
     for line in recipes.splitlines():
         assert f"    # {line}" in source, line
     scope = {"pipeline": pipeline}
     exec(instance.replace("=30", "=4").replace("=15", "=2"), scope)
     assert capsys.readouterr().out == "2 of 4 steps computed: X..X\n" and "teacache" not in vars(pipeline.transformer)
-    exec(alone.replace("=30", "=4").replace("=15", "=2"), scope)
-    pipeline("red apple", num_inference_steps=4, output_type="latent")
-    assert repr(pipeline.transformer.teacache) == "2 of 4 steps computed: X..X"
-    scope["remove_teacache"](pipeline.transformer)
+    scope |= {"transformer": pipeline.transformer, "scheduler": pipeline.scheduler, **scope}
+    for way in re.findall(r"^\|[^|`]*\| `(apply_teacache\(.*?\))` \|$", LUMINA, re.M):
+        exec(way.replace("=30", "=4").replace("=15", "=2"), scope)
+        pipeline("red apple", num_inference_steps=4, output_type="latent")
+        assert repr(pipeline.transformer.teacache) == "2 of 4 steps computed: X..X", way
+        scope["remove_teacache"](pipeline)
     for name in ("forward", "enable_teacache", "cnt", "num_steps", "rel_l1_thresh"):
         monkeypatch.setattr(
             Lumina2Transformer2DModel, name, getattr(Lumina2Transformer2DModel, name, None), raising=False

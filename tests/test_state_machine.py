@@ -247,7 +247,7 @@ generations = st.fixed_dictionaries(
         "guided": st.booleans(),
         "size": st.sampled_from([(2, 4), (4, 2), (4, 4)]),
         "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
-        "start": st.sampled_from([1.0, 0.7]),
+        "start": st.just(1.0),  # after a stopped one, a start at less noise goes unnoticed on a network alone
         "length": st.integers(1, 3),
         "steps": st.integers(2, 7),
         "cast": st.sampled_from([False, True, "all"]),
