@@ -10,7 +10,7 @@ from conftest import ROOT
 FOLDERS = "TeaCache4LuminaT2X", "TeaCache4Memo"
 SCRIPTS = "TeaCache4LuminaT2X/teacache_lumina2.py", "TeaCache4Memo/teacache_memo.py"
 OWN = "REL_L1_THRESH COMPUTED_STEPS NUM_INFERENCE_STEPS SEED MODEL NETWORK COEFFICIENTS".split()
-OWN += "teacache_forward build_parser one_line_errors parse_args load_pipeline generate main".split()
+OWN += "teacache_forward build_parser one_line_errors load_pipeline generate main".split()
 SHARED = "relative_l1 rescale choose_steps extrapolate Branch is_same TeaCacheState find_step count_step follow".split()
 SHARED += "compute_all new_generation Corrector CorrectedEulerScheduler is_corrected watch apply_teacache".split()
 SHARED += "remove_teacache BoundForward find_network find_forward check_plan check_settings DAMPING CORRECT".split()
