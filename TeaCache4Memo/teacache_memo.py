@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------
 REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.7x fewer passes (talking emoji, 20 steps)
-COMPUTED_STEPS = None  # instead of the threshold: compute exactly this many steps of each clip, say 10 of 20
+COMPUTED_STEPS = None  # instead of the threshold: compute exactly this many steps of each clip, say 14 of 20
 NUM_INFERENCE_STEPS = 20  # for a network alone; the command line takes inference_steps from CONFIG
 SEED = 42
 CONFIG = "configs/inference.yaml"  # these three are looked for here, then in the folder of memo
