@@ -961,8 +961,9 @@ def write_video(clips, path, fps, sound):
         for clip in itertools.chain([first], clips):
             writer.send(clip.tobytes())
         writer.close()
-        with contextlib.closing(imageio_ffmpeg.read_frames(str(draft))) as reader:
-            next(reader)  # OSError if ffmpeg could not end the file: the writer does not tell
+        with draft.open("rb") as file:
+            if b"moov" not in file.read(64):  # put there last of all, by faststart; the writer tells of no failure
+                raise OSError("ffmpeg did not end it")
         path = free_name(path)
         draft.rename(path)
     except OSError as error:
