@@ -11,6 +11,7 @@ GPUS = {key: value for key, value in os.environ.items() if key == "CUDA_VISIBLE_
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-for-bit figures are the CPU's, also where there is a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in parallel instead
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -84,6 +85,11 @@ def equal(a, b):
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
     return a == b
+
+
+def levels(image, other):
+    """The largest difference of two images, of 255. Weights loaded anew, or another process, may round otherwise: 1."""
+    return np.abs(np.asarray(image, int) - np.asarray(other, int)).max()
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLED, ROOT
+from conftest import BUNDLED, ROOT, levels
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
 from lumina_models import tiny_model
 from PIL import Image
@@ -292,8 +292,8 @@ def test_it_draws_what_the_plain_pipeline_does(pipeline):
     teacache_lumina2.remove_teacache(pipeline.transformer)
     generator = torch.Generator().manual_seed(teacache_lumina2.SEED)
     expected = np.asarray(pipeline("red apple", num_inference_steps=3, generator=generator).images[0])
-    assert np.array_equal(uncached, expected) and every == [True] * 3
-    assert not np.array_equal(ours, expected) and schedule == [True, False, True]
+    assert levels(uncached, expected) <= 1 and every == [True] * 3
+    assert levels(ours, expected) > 1 and schedule == [True, False, True]
 
 
 @pytest.mark.parametrize("computed, correct, says", [("2", True, ", corrected"), ("2", False, ""), ("3", True, "")])
@@ -339,7 +339,7 @@ def test_offload(pipeline, offload, monkeypatch):
     teacache_lumina2.remove_teacache(pipeline.transformer)
     offloaded = load_pipeline(parse_args([*FAST, "--offload", offload]))
     image, ours = draw(offloaded)
-    assert np.array_equal(image, expected) and ours == schedule
+    assert levels(image, expected) <= 1 and ours == schedule
     hooked = [m for m in offloaded.transformer.modules() if hasattr(m, "_hf_hook")]
     assert len(hooked) > (20 if offload == "sequential" else 0)
 
@@ -382,12 +382,12 @@ def test_recipes(tmp_path, monkeypatch):
         exec(lines["compile"], {"pipeline": pipeline})
     assert compiled == list(pipeline.transformer.layers)
     image, again = draw(pipeline)
-    assert np.array_equal(image, expected) and again == schedule
+    assert levels(image, expected) <= 1 and again == schedule
     torch._dynamo.reset()
     other = load_pipeline(parse_args(FAST))
     exec(lines["lora"], {"pipeline": other})
     image, again = draw(other)
-    assert not np.array_equal(image, expected) and again == schedule
+    assert levels(image, expected) > 1 and again == schedule
 
 
 # --- a file copied alone ------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import BUNDLED
+from conftest import BUNDLED, levels
 from PIL import Image
 
 from TeaCache4LuminaT2X import compare_lumina2, teacache_lumina2
@@ -120,7 +120,7 @@ def test_command(tmp_path, capsys, monkeypatch):
     flags = ["--prompt", "fox" * 30, "--rel-l1-thresh", "0", "--output", str(tmp_path / "alone.png")]
     teacache_lumina2.main([*FAST, *flags])
     with Image.open(tmp_path / "alone.png") as alone:
-        assert np.array_equal(np.asarray(alone), np.asarray(drawn[-1][1][0][0]))
+        assert levels(alone, drawn[-1][1][0][0]) <= 1
 
 
 class Fake:
