@@ -78,6 +78,17 @@ def test_benchmark_commands(command):
     assert all(word in run.stdout for word in words[2:] if word.startswith("--"))
 
 
+def test_commands_of_the_issue_template():
+    """Their flags are those of the tools."""
+    text = (ROOT / ".github" / "ISSUE_TEMPLATE" / "figures.yml").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in re.findall(r"^ +python (.*)$", text, re.M)]
+    assert len(commands) == 2
+    for tool, *words in commands:
+        flags = {word for word in words if word.startswith("--")}
+        run = subprocess.run([sys.executable, ROOT / tool, "--help"], capture_output=True, text=True)
+        assert flags <= set(re.findall(r"--[\w-]+", run.stdout)), run.stdout + run.stderr
+
+
 def test_python_snippets_of_the_front_page(monkeypatch, tmp_path):
     """To the letter, but for the number of steps."""
     monkeypatch.chdir(tmp_path)

@@ -46,7 +46,7 @@ class Record:
 
 
 def slug(*words):
-    """A key: "tolerance_0_003" for "tolerance", 0.003."""
+    """A key: "magcache_0_24" for "MagCache", 0.24."""
     return re.sub(r"\W+", "_", " ".join(map(str, words))).strip("_").lower()
 
 
