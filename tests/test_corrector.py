@@ -6,7 +6,7 @@ from conftest import equal
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
-from machines import Loop
+from machines import Loop, set_timesteps
 
 HOLD = {"rel_l1_thresh": 9.0, "coefficients": [1.0, 0.0]}  # computes the first and the last step
 BUDGET = {"computed_steps": 3}
@@ -149,7 +149,7 @@ def test_what_the_scheduler_returns(loop):
     """A tuple, or diffusers' class."""
     loop.apply(**BUDGET)
     expected = loop.draw()
-    loop.scheduler.set_timesteps(sigmas=[1 - i / 8 for i in range(8)])
+    set_timesteps(loop.scheduler, 8)
     latents = loop.latents(0)
     for t in loop.scheduler.timesteps:
         with torch.no_grad():

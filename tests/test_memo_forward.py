@@ -179,8 +179,10 @@ def test_steps_are_those_of_the_oracle(model, more, centered):
 def test_what_a_skipped_step_runs(model, settings, skipped):
     """No block; under a budget no module at all. A computed step: what stock runs, and nothing else."""
     calls, clip, steps = [], Clip(), []
-    for name, module in model.named_modules():
+    hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+        for name, module in model.named_modules()
+    ]
 
     def run(forward, **kwargs):
         steps.clear()
@@ -192,6 +194,8 @@ def test_what_a_skipped_step_runs(model, settings, skipped):
     full = run(MACHINE.stock(model))[0]
     apply_teacache(model, STEPS, **settings)
     found = run(model)
+    for hook in hooks:  # older diffusers have one SiLU for all models
+        hook.remove()
     assert model.teacache.schedule == [True] + [False] * 6 + [True]
     assert found[1:-1] == [skipped] * 6
     assert found[0] == found[-1] == full and len(full) > 40
