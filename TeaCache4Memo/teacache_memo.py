@@ -11,10 +11,12 @@ over the steps since the last computed one, and as long as the sum is small,
 
 the blocks are skipped, and the residual of the last computed step (their output minus their input) is used again.
 
-computed_steps, the number of steps to compute, or a list of them. A skipped step runs no part of the network. The
-velocity is extrapolated from the last two computed ones, v0 at sigma s0 and v1 at s1 (the damping is ours):
+computed_steps, the number of steps to compute, or a list of them. A skipped step runs no part of the network. Its
+velocity is extrapolated from the last computed ones, v0, v1 and v2 at sigma s0, s1 and s2 (the factor r is ours):
 
-    v(s) = v1 + a(g) (v1 - v0)        g = (s1 - s) / (s0 - s1)        a(g) = g / (1 + DAMPING g)
+    v(s) = v2 + r (s - s2) d2        d1 = (v1 - v0) / (s1 - s0)        d2 = (v2 - v1) / (s2 - s1)
+
+r = <d1, d2> / <d1, d1>, from 0 to 1: how much of the slope has lasted. Where the velocity bends, it is followed less far.
 
 The first and the last step are always computed. With a pipeline, the latents are corrected afterwards for what skipped
 steps got wrong, as soon as the next computed step shows it: see Corrector.
@@ -66,7 +68,6 @@ EMOTIONS = "angry disgusted fearful happy neutral other sad surprised unknown".s
 NETWORK = "diffusion_net"  # attribute of the pipeline that TeaCache is applied to
 
 COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: the identity, none was fitted for MEMO
-DAMPING = 0.25  # of the extrapolation, see extrapolate
 CORRECT = True  # with a pipeline: correct the latents afterwards for what skipped steps got wrong, see Corrector
 # ------------------------------------------------------------------------------
 
@@ -300,7 +301,7 @@ class Branch:
         self.layout, self.conditioning = layout, conditioning
         self.previous_modulated_input = None  # with a threshold: of the last step
         self.previous_residual = None  # with a threshold: output minus input of the blocks at the last computed step
-        self.outputs = []  # with computed_steps: (sigma, output) of the last two computed steps
+        self.outputs = []  # with computed_steps: (sigma, output) of the last three computed steps
 
     @property
     def is_empty(self):
@@ -397,7 +398,7 @@ class TeaCacheState:
             branch.previous_residual = residual
         elif self.is_on:
             earlier = [(s, v) for s, v in branch.outputs if s > self.sigma]  # Heun's scheduler, say, repeats a sigma
-            branch.outputs = [*earlier[-1:], (self.sigma, output.clone())]  # the caller may write into its output
+            branch.outputs = [*earlier[-2:], (self.sigma, output.clone())]  # the caller may write into its output
 
 
 # ---- which steps are computed, and what the others use -----------------------
@@ -445,12 +446,19 @@ def choose_steps(sigmas, count):
 
 
 def extrapolate(outputs, sigma):
-    """v(s) of the formula at the top, from [(s0, v0), (s1, v1)]; from [(s1, v1)] alone it is v1."""
-    (s0, v0), (s1, v1) = outputs[0], outputs[-1]
+    """v(s) of the formula at the top, from (s, v) of the last three computed steps; from two with r = 1, from one v."""
+    s2, v2 = outputs[-1]
     if len(outputs) == 1:
-        return v1.clone()
-    g = (s1 - sigma) / (s0 - s1)
-    return v1 + (v1 - v0) * (g / (1 + DAMPING * g))
+        return v2.clone()
+    s1, v1 = outputs[-2]
+    change = (v2 - v1).float()
+    r = 1.0
+    if len(outputs) == 3:
+        s0, v0 = outputs[0]
+        before, each = (v1 - v0).float(), tuple(range(1, v0.ndim))  # each sample of a batch has its own r
+        lasted = (change * before).sum(each, keepdim=True) / before.square().sum(each, keepdim=True).clamp(min=1e-30)
+        r = (lasted * ((s1 - s0) / (s2 - s1))).clamp(0, 1)
+    return v2 + (r * (sigma - s2) / (s2 - s1) * change).to(v2.dtype)
 
 
 # ---- what is corrected -------------------------------------------------------
@@ -460,23 +468,23 @@ class Corrector:
     """Moves the latents to where they would be, had the skipped steps known what the next computed step knows.
 
     A skipped step j uses an extrapolated velocity. The next computed step shows the velocity v at its sigma s, so that
-    those in between can be interpolated: p(s[j]) on the polynomial through four computed velocities, v and earlier ones
-    (fewer, as long as there are fewer). With n, the sigma of the next step, the latents are moved by
+    those in between can be interpolated: p(s[j]) on the parabola through v and the last two computed velocities before
+    it (a line, as long as there is one). With n, the sigma of the next step, the latents are moved by
 
         s / (2 s - n)  times the sum of  (s[j+1] - s[j]) (p(s[j]) - used[j])
 
     Why not a line through two: it lies on the other side of the curve from the extrapolation, so that the difference
-    would be a third too large. Why the factor: v is measured at latents that have drifted by d. If the network predicts
-    the same image x - s v there, v is too large by d / s, and the step that follows undoes the share (s - n) / s of the
-    drift by itself: n / s is left to correct. As the prediction follows the latents in part, s / (2 s - n) is used. It
-    is n / s to first order, nearly 1 in the short steps at the beginning, and 1/2 instead of 0 in the last one.
+    would be too large. Why the factor: v is measured at latents that have drifted by d. If the network predicts the same
+    image x - s v there, v is too large by d / s, and the step that follows undoes the share (s - n) / s of the drift by
+    itself: n / s is left to correct. As the prediction follows the latents in part, s / (2 s - n) is used. It is n / s
+    to first order, nearly 1 in the short steps at the beginning, and 1/2 instead of 0 in the last one.
 
     The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867), and for caches in PrediT
     (arXiv 2602.18093). Here it acts on the latents, after guidance, however the steps were skipped.
     """
 
     def __init__(self):
-        self.computed = []  # (sigma, velocity) of the computed steps
+        self.computed = []  # (sigma, velocity) of the last two computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
         self.kind = None  # number of calls and shape: where it changes, guidance has ended, say
 
@@ -490,24 +498,12 @@ class Corrector:
         self.computed = [(s, v) for s, v in self.computed if s > sigma]  # a scheduler may repeat a sigma
         total = 0.0
         if self.computed and sigma > 0:
-            points = [*spaced(self.computed, self.computed[-1][0] - sigma), (sigma, velocity)]
+            points = [*self.computed, (sigma, velocity)]
             for s, next_s, used in self.skipped:
                 total = total + (next_s - s) * (interpolate(points, s) - used)
             total = total * (sigma / (2 * sigma - next_sigma))
-        self.computed, self.skipped = [*self.computed, (sigma, velocity)], []
+        self.computed, self.skipped = [*self.computed[-1:], (sigma, velocity)], []
         return total
-
-
-def spaced(points, gap):
-    """The last of the points (sigma, velocity) and up to two before it, each at least 3/4 of the gap from the next.
-
-    Points that lie close together say little about the curve across a long gap.
-    """
-    chosen = [points[-1]]
-    for point in reversed(points[:-1]):
-        if len(chosen) < 3 and point[0] - chosen[0][0] >= 0.75 * gap:
-            chosen.insert(0, point)
-    return chosen
 
 
 def interpolate(points, s):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-DAMPING, IDENTITY = 0.25, [1.0, 0.0]
+IDENTITY = [1.0, 0.0]
 
 
 class Machine:
@@ -200,16 +200,22 @@ class Oracle:
             output = self.forecast(memory["made"], sigma)
         else:
             earlier = [(s, v) for s, v in memory.get("made", []) if s != sigma]
-            memory["made"] = [*earlier[-1:], (sigma, output.clone())]
+            memory["made"] = [*earlier[-2:], (sigma, output.clone())]
         return (output,)
 
     def forecast(self, made, sigma):
-        (s1, output), *earlier = made[::-1]
-        if not earlier:
-            return output
-        s0, before = earlier[0]
-        g = (s1 - sigma) / (s0 - s1)
-        return output + (output - before) * (g / (1 + DAMPING * g))
+        """Along the last change, as far as the change before has lasted: each sample by itself."""
+        sigmas, outputs = zip(*made)
+        changes = [(b - a).float() for a, b in zip(outputs, outputs[1:])]
+        if not changes:
+            return outputs[0]
+        lasted, each = 1.0, tuple(range(1, outputs[0].ndim))
+        if len(changes) == 2:
+            products = [(change * changes[0]).sum(each, keepdim=True) for change in changes[::-1]]
+            lasted = products[0] / products[1].clamp(min=1e-30)
+            lasted = (lasted * ((sigmas[1] - sigmas[0]) / (sigmas[2] - sigmas[1]))).clamp(0, 1)
+        far = lasted * (sigma - sigmas[-1]) / (sigmas[-1] - sigmas[-2])
+        return outputs[-1] + (far * changes[-1]).to(outputs[-1].dtype)
 
     def decide(self, step, branch, needed, signal):
         (decider, old), self.last = self.last, (branch, signal)

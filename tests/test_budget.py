@@ -101,13 +101,28 @@ def test_spread_over_the_way(machine, shift, steps, budget):
 
 
 def test_the_extrapolation_itself(machine):
-    """A line through 1 at sigma 1.0 and 3 at 0.8, followed to 0.7 and to 0.4: g / (1 + g / 4) of the way."""
-    extrapolate, one = machine.script.extrapolate, torch.ones(1)
+    """A line through the last two outputs, followed as far as the slope before has lasted: each sample by itself."""
+    extrapolate, one = machine.script.extrapolate, torch.ones(1, 1)
     alone = extrapolate([(1.0, one)], 0.5)
     assert alone.item() == 1 and alone is not one, "the caller may write into it"
-    outputs = [(1.0, one), (0.8, 3 * one)]
-    assert extrapolate(outputs, 0.7).item() == pytest.approx(3 + 2 * 0.5 / 1.125)
-    assert extrapolate(outputs, 0.4).item() == pytest.approx(3 + 2 * 2 / 1.5)
+    assert extrapolate([(1.0, one), (0.8, 3 * one)], 0.7).item() == pytest.approx(4)
+    outputs = torch.tensor([[0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]), torch.tensor([[0.0, 3.0]]).expand(4, 2)
+    last = torch.tensor([[0.0, 4.0], [0.0, 6.0], [9.0, 3.0], [0.0, 2.0]])  # slopes: 1/2, 3/2, at a right angle, back
+    given = [(1.0, outputs[0]), (0.8, outputs[1]), (0.6, last)]
+    expected = torch.tensor([[0.0, 4.25], [0.0, 7.5], [9.0, 3.0], [0.0, 2.0]])
+    torch.testing.assert_close(extrapolate(given, 0.5), expected)
+    given[0] = (1.0, outputs[1])
+    assert torch.equal(extrapolate(given, 0.5), last), "no slope before: held"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_extrapolation_of_small_and_large_numbers(machine, dtype):
+    """Products of them are beyond float16."""
+    for size in (1e-4, 1e3):
+        given = [(s, torch.full((2, 3, 4), size * (2 - s), dtype=dtype)) for s in (1.0, 0.75, 0.5)]
+        found = machine.script.extrapolate(given, 0.25)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, torch.full((2, 3, 4), 1.75 * size, dtype=dtype), rtol=0.02, atol=0)
 
 
 V1 = [393.76566581, -603.50993606, 209.10239044, -23.00726601, 0.86377344]

@@ -15,7 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
 from lumina_models import tiny_model
 from PIL import Image
 
-from TeaCache4LuminaT2X import batch_lumina2, compare_lumina2, plan_lumina2, teacache_lumina2
+from TeaCache4LuminaT2X import batch_lumina2, compare_lumina2, teacache_lumina2
 from TeaCache4LuminaT2X.teacache_lumina2 import build_parser, check_args, generate, load_pipeline, main
 
 FOLDER = ROOT / "TeaCache4LuminaT2X"
@@ -399,15 +399,13 @@ def test_recipes(tmp_path, monkeypatch):
         ("teacache", ["--computed-steps", "2", "--output", "x.png"], "saved x.png"),
         ("compare", ["--computed-steps", "2", "--rel-l1-thresh", "--output", "x.png"], "saved x.png"),
         ("batch", ["prompts.txt", "--output-dir", "out"], "1 of 1 images are in out"),
-        ("plan", ["prompts.txt", "--computed-steps", "2"], "planned X.X"),
     ],
 )
 def test_a_file_copied_alone(name, arguments, says, tmp_path):
     """Into an empty folder; a tool with its script beside it."""
     for file in {"teacache_lumina2.py", f"{name}_lumina2.py"}:
         shutil.copy(FOLDER / file, tmp_path)
-    prompts = "red apple\nfox\ncat\npizza\ncactus\nheart\nviolin\nrocket\n" if name == "plan" else "red apple\n"
-    (tmp_path / "prompts.txt").write_text(prompts)
+    (tmp_path / "prompts.txt").write_text("red apple\n")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, f"{name}_lumina2.py"]
     run = subprocess.run([*command, *FAST, *arguments], capture_output=True, text=True, cwd=tmp_path, env=env)
@@ -417,13 +415,13 @@ def test_a_file_copied_alone(name, arguments, says, tmp_path):
             assert image.width >= 128
 
 
-@pytest.mark.parametrize("tool", [batch_lumina2, compare_lumina2, plan_lumina2], ids=lambda tool: tool.__name__)
+@pytest.mark.parametrize("tool", [batch_lumina2, compare_lumina2], ids=lambda tool: tool.__name__)
 def test_tools_take_the_flags_of_the_script(tool, tmp_path, monkeypatch, capsys):
     """And its errors: one line, nothing written."""
     monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: pytest.fail("loading began"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.txt").write_text("\n".join("abcdefgh"))
-    files = {batch_lumina2: ["prompts.txt"], plan_lumina2: ["prompts.txt", "--computed-steps", "3"]}.get(tool, [])
+    files = ["prompts.txt"] if tool is batch_lumina2 else []
     for flags, says in [
         (["--height", "100"], "multiples of 16"),
         (["--num-inference-steps", "0"], "number of steps"),

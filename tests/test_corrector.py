@@ -27,25 +27,20 @@ def both(loop, monkeypatch, way, **options):
 
 
 def test_the_formula(machine):
-    """Velocities on a polynomial, of as many terms as are known, are interpolated exactly, wherever steps are skipped.
-
-    Computed steps between those that are as far apart as the gap change nothing.
-    """
+    """Velocities on a parabola, or on a line as long as two are known, are interpolated exactly, whatever is skipped."""
     sigmas, numbers = st.sampled_from([0.55, 0.58, 0.6, 0.65, 0.7]), st.lists(st.floats(-3, 3), min_size=5, max_size=5)
 
-    @given(numbers, st.lists(sigmas, max_size=5, unique=True), numbers, st.integers(1, 5), st.booleans())
-    def check(terms, skipped, junk, computed, close):
+    @given(numbers, st.lists(sigmas, max_size=5, unique=True), numbers, st.integers(1, 4))
+    def check(terms, skipped, junk, computed):
         def true(s):
-            return sum(term * s**power for power, term in enumerate(terms[: min(computed, 3) + 1]))
+            return sum(term * s**power for power, term in enumerate(terms[: min(computed, 2) + 1]))
 
         def correction(s, next_s, velocity, is_computed):
             velocity = torch.full((1, 2), velocity, dtype=torch.float64)
             return torch.as_tensor(corrector.correction(velocity, s, next_s, is_computed, 1))
 
         corrector, missing, way = machine.script.Corrector(), 0.0, [*sorted(skipped, reverse=True), 0.5]
-        for s in (2.0, 1.7, 1.4, 1.1, 0.8)[-computed:]:
-            if close:
-                correction(s + 0.01, s, 7.0, True)
+        for s in (2.0, 1.7, 1.4, 0.8)[-computed:]:
             assert correction(s, s - 0.1, true(s), True).abs().max() == 0
         for s, next_s, used in zip(way, way[1:], junk):
             assert correction(s, next_s, used, False) == 0

@@ -13,7 +13,7 @@ OWN = "REL_L1_THRESH COMPUTED_STEPS NUM_INFERENCE_STEPS SEED MODEL NETWORK COEFF
 OWN += "teacache_forward build_parser one_line_errors load_pipeline generate main".split()
 SHARED = "relative_l1 rescale choose_steps extrapolate Branch is_same TeaCacheState find_step count_step follow".split()
 SHARED += "compute_all new_generation Corrector CorrectedEulerScheduler is_corrected watch apply_teacache".split()
-SHARED += "remove_teacache BoundForward find_network find_forward check_plan check_settings DAMPING CORRECT".split()
+SHARED += "remove_teacache BoundForward find_network find_forward check_plan check_settings CORRECT".split()
 
 
 def read(path):

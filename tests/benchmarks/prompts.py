@@ -32,7 +32,7 @@ a blue car in the rain
 robot with a cake
 """.splitlines()
 
-SIZES = {"peers": 8, "fitting": 4, "correction": 8, "planning": 4, "proving": 8}
+SIZES = {"peers": 8, "fitting": 4, "correction": 8}
 
 
 def known(model):

@@ -220,20 +220,6 @@ def correction(results):
     return markdown(head, [list(cells(row)) for row in results["correction"].rows.values()])
 
 
-def plans(results):
-    """What plan_lumina2.py gains over the default choice of as many steps, on prompts that it has not seen."""
-
-    def case(row):
-        guidance, shift, cfg_trunc_ratio, k = row.case
-        truncated = f", `cfg_trunc_ratio` {cfg_trunc_ratio:g}" if cfg_trunc_ratio < 1 else ""
-        return [f"{guidance:g}, {shift:g}{truncated}", k]
-
-    return markdown(
-        ["guidance, shift", "computed steps", "default", "planned"],
-        [[*case(row), cell(row, "default"), cell(row, "planned")] for row in results["plan"].rows.values()],
-    )
-
-
 def compare_lumina2(results):
     """The strip in figures."""
     runs = results["compare_lumina2"].runs
@@ -290,7 +276,7 @@ def measured_on(results, name):
 TABLES = {
     f.__name__: f
     for f in (
-        *(peers_lumina2, peers_memo, front_lumina2, front_memo, correction, plans),
+        *(peers_lumina2, peers_memo, front_lumina2, front_memo, correction),
         *(compare_lumina2, compare_memo, real_size, real_size_parts, measured_on),
     )
 }
