@@ -16,7 +16,8 @@ velocity is extrapolated from the last computed ones, v0, v1 and v2 at sigma s0,
 
     v(s) = v2 + r (s - s2) d2        d1 = (v1 - v0) / (s1 - s0)        d2 = (v2 - v1) / (s2 - s1)
 
-r = <d1, d2> / <d1, d1>, from 0 to 1: how much of the slope has lasted. Where the velocity bends, it is followed less far.
+r = <d1, d2> / <d1, d1>, from 0 to 1: how much of the slope has lasted. Where the velocity bends, it is followed less far,
+and until three steps are computed, the last velocity is held.
 
 The first and the last step are always computed. With a pipeline, the latents are corrected afterwards for what skipped
 steps got wrong, as soon as the next computed step shows it: see Corrector.
@@ -446,18 +447,15 @@ def choose_steps(sigmas, count):
 
 
 def extrapolate(outputs, sigma):
-    """v(s) of the formula at the top, from (s, v) of the last three computed steps; from two with r = 1, from one v."""
+    """v(s) of the formula at the top, from (s, v) of the last three computed steps; with fewer, the last v is held."""
     s2, v2 = outputs[-1]
-    if len(outputs) == 1:
+    if len(outputs) < 3:
         return v2.clone()
-    s1, v1 = outputs[-2]
-    change = (v2 - v1).float()
-    r = 1.0
-    if len(outputs) == 3:
-        s0, v0 = outputs[0]
-        before, each = (v1 - v0).float(), tuple(range(1, v0.ndim))  # each sample of a batch has its own r
-        lasted = (change * before).sum(each, keepdim=True) / before.square().sum(each, keepdim=True).clamp(min=1e-30)
-        r = (lasted * ((s1 - s0) / (s2 - s1))).clamp(0, 1)
+    (s0, v0), (s1, v1) = outputs[:2]
+    before, change = (v1 - v0).float(), (v2 - v1).float()
+    each = tuple(range(1, v2.ndim))  # each sample of a batch has its own r
+    lasted = (before * change).sum(each, keepdim=True) / before.square().sum(each, keepdim=True).clamp(min=1e-30)
+    r = (lasted * ((s1 - s0) / (s2 - s1))).clamp(0, 1)
     return v2 + (r * (sigma - s2) / (s2 - s1) * change).to(v2.dtype)
 
 

@@ -206,16 +206,13 @@ class Oracle:
     def forecast(self, made, sigma):
         """Along the last change, as far as the change before has lasted: each sample by itself."""
         sigmas, outputs = zip(*made)
+        if len(made) < 3:
+            return outputs[-1]
         changes = [(b - a).float() for a, b in zip(outputs, outputs[1:])]
-        if not changes:
-            return outputs[0]
-        lasted, each = 1.0, tuple(range(1, outputs[0].ndim))
-        if len(changes) == 2:
-            products = [(change * changes[0]).sum(each, keepdim=True) for change in changes[::-1]]
-            lasted = products[0] / products[1].clamp(min=1e-30)
-            lasted = (lasted * ((sigmas[1] - sigmas[0]) / (sigmas[2] - sigmas[1]))).clamp(0, 1)
-        far = lasted * (sigma - sigmas[-1]) / (sigmas[-1] - sigmas[-2])
-        return outputs[-1] + (far * changes[-1]).to(outputs[-1].dtype)
+        gaps = [b - a for a, b in zip(sigmas, sigmas[1:])]
+        products = [(changes[0] * c).sum(tuple(range(1, c.ndim)), keepdim=True) for c in changes]
+        lasted = (products[1] / products[0].clamp(min=1e-30) * (gaps[0] / gaps[1])).clamp(0, 1)
+        return outputs[-1] + (lasted * (sigma - sigmas[-1]) / gaps[1] * changes[1]).to(outputs[-1].dtype)
 
     def decide(self, step, branch, needed, signal):
         (decider, old), self.last = self.last, (branch, signal)

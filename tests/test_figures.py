@@ -112,8 +112,8 @@ def test_ties_and_what_is_compared(tmp_path):
         "e": {"method": "rival", "setting": "about 8", "passes": 8.0, "float32": far},
     }
     about = {"known": ["x", "y"], "new": ["z"]}
-    (tmp_path / "peers.json").write_text(json.dumps({"about": about, "rows": rows}), encoding="utf-8")
-    lines = render.peers_lumina2(render.load(tmp_path), "shift6").splitlines()[2:]
+    (tmp_path / "peers_rounding.json").write_text(json.dumps({"about": about, "rows": rows}), encoding="utf-8")
+    lines = render.peers_lumina2(render.load(tmp_path), "rounding").splitlines()[2:]
     shown = [line.strip("| ").split(" | ") for line in lines]
     assert shown[0][3:] == ["49.0 (48.0)", "46.0 (46.0)", "48.0 (46.0)"] and shown[0][:2] == ["computed_steps", "15"]
     assert shown[2][-1] == "15: tie (+0.0 ± 0.2)"

@@ -82,7 +82,7 @@ def test_a_script_needs_no_other_file_and_a_tool_its_script_alone(folder):
         allowed = {script.stem} if name != script.stem and not name.startswith("attention") else set()
         allowed |= {"attention_lumina2"} if name == "batch_lumina2" else set()
         assert near <= allowed, name
-    assert len(tools) == (4 if folder == FOLDERS[0] else 2)
+    assert len(tools) == (3 if folder == FOLDERS[0] else 2)
 
 
 def test_lumina2s_script_imports_only_numpy_torch_and_diffusers():

@@ -129,14 +129,16 @@ def is_ours(row):
 
 GROUPS = "known", "new", "all"
 AGAINST = "`computed_steps` against it"
+FLOAT32 = "uncached", "computed_steps", "plain", "Adams", "UniPC", "DPM"  # methods that are shown in float32, too
 
 
 def peers_lumina2(results, table):
-    """All methods, in float32 (shift6) or in bfloat16 (rounding): mean and least of each group of prompts."""
+    """All methods in bfloat16 (rounding), ours and solvers in float32 (shift6): mean and least of each group of prompts."""
     rows = results[{"shift6": "peers", "rounding": "peers_rounding"}[table]].rows.values()
+    shown = rows if table == "rounding" else [r for r in rows if r.method.startswith(FLOAT32)]
     shown = [
         [r.method, setting(r), f"{r.passes:.1f}", *(cell(r, "float32", of) for of in GROUPS), difference(r, rows)]
-        for r in rows
+        for r in shown
     ]
     return markdown(["method", "setting", "passes", "known prompts", "new prompts", "all", AGAINST], shown)
 
@@ -266,11 +268,15 @@ def real_size_parts(results):
     )
 
 
-def measured_on(results, name):
-    """One line: machine, versions, date."""
-    about = results[name].about
-    packages = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-    return f"Measured on {about['machine']}, {packages}, {about['date']}.\n"
+def measured_on(results, *names):
+    """Machine, versions, date: a line for each group of results that were measured on the same."""
+    lines = {}
+    for name in names:
+        about = results[name].about
+        packages = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
+        lines.setdefault(f"{about['machine']}, {packages}, {about['date']}", []).append(f"{name}.json")
+    who = {line: f"{', '.join(files)} measured" if len(names) > 1 else "Measured" for line, files in lines.items()}
+    return "\n\n".join(f"{who[line]} on {line}." for line in lines) + "\n"
 
 
 TABLES = {
