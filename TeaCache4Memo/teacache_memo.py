@@ -16,8 +16,8 @@ velocity is extrapolated from the last computed ones, v0, v1 and v2 at sigma s0,
 
     v(s) = v2 + r (s - s2) d2        d1 = (v1 - v0) / (s1 - s0)        d2 = (v2 - v1) / (s2 - s1)
 
-r = <d1, d2> / <d1, d1>, from 0 to 1: how much of the slope has lasted. Where the velocity bends, it is followed less far,
-and until three steps are computed, the last velocity is held.
+r = <d1, d2> / <d1, d1>, limited to 0..1, is how much of the slope d1 is left in d2: one number for each call and image.
+Where the slope turns or shrinks, it is followed less far. Until three velocities are known, the last one is held.
 
 The first and the last step are always computed. With a pipeline, the latents are corrected afterwards for what skipped
 steps got wrong, as soon as the next computed step shows it: see Corrector.
@@ -55,7 +55,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------
-REL_L1_THRESH = 0.15  # 0: original | 0.09: 1.2x | 0.15: 1.8x | 0.25: 2.7x fewer passes (talking emoji, 20 steps)
+REL_L1_THRESH = 0.15  # 0: original | 0.09: 1/1.2 of the passes | 0.15: 1/1.8 | 0.25: 1/2.9 (talking emoji, 20 steps)
 COMPUTED_STEPS = None  # instead of the threshold: compute exactly this many steps of each clip, say 14 of 20
 NUM_INFERENCE_STEPS = 20  # for a network alone; the command line takes inference_steps from CONFIG
 SEED = 42
@@ -432,7 +432,7 @@ def choose_steps(sigmas, count):
     length = np.diff(position, append=num_steps)
     errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
     costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k
-    costs[:, -1] *= 2  # what is skipped just before the last step is made up for by half, see Corrector
+    costs[:, -1] *= 2  # Corrector undoes only half of what is skipped just before the last step
     costs = np.rint(100 * costs)  # whole numbers: rounding must not decide between equal sums
     costs[np.tril_indices(num_steps)] = math.inf  # k comes after j
     least, before = costs[0], []  # [k]: least sum if k is computed; the computed step before k
@@ -456,7 +456,8 @@ def extrapolate(outputs, sigma):
     each = tuple(range(1, v2.ndim))  # each sample of a batch has its own r
     lasted = (before * change).sum(each, keepdim=True) / before.square().sum(each, keepdim=True).clamp(min=1e-30)
     r = (lasted * ((s1 - s0) / (s2 - s1))).clamp(0, 1)
-    return v2 + (r * (sigma - s2) / (s2 - s1) * change).to(v2.dtype)
+    reach = min((sigma - s2) / (s2 - s1), 2.0)  # in gaps: a list of steps may have a long one after a short one
+    return v2 + (r * reach * change).to(v2.dtype)
 
 
 # ---- what is corrected -------------------------------------------------------
@@ -465,17 +466,16 @@ def extrapolate(outputs, sigma):
 class Corrector:
     """Moves the latents to where they would be, had the skipped steps known what the next computed step knows.
 
-    A skipped step j uses an extrapolated velocity. The next computed step shows the velocity v at its sigma s, so that
-    those in between can be interpolated: p(s[j]) on the parabola through v and the last two computed velocities before
-    it (a line, as long as there is one). With n, the sigma of the next step, the latents are moved by
+    A skipped step j uses a guess, used[j]. The next computed step shows the velocity v at its sigma s. A parabola p
+    through v and the two computed velocities before it (a line, if there is only one, or if the two are too close
+    together) then gives those that were skipped, p(s[j]). With n, the sigma of the next step, the latents are moved by
 
         s / (2 s - n)  times the sum of  (s[j+1] - s[j]) (p(s[j]) - used[j])
 
-    Why not a line through two: it lies on the other side of the curve from the extrapolation, so that the difference
-    would be too large. Why the factor: v is measured at latents that have drifted by d. If the network predicts the same
-    image x - s v there, v is too large by d / s, and the step that follows undoes the share (s - n) / s of the drift by
-    itself: n / s is left to correct. As the prediction follows the latents in part, s / (2 s - n) is used. It is n / s
-    to first order, nearly 1 in the short steps at the beginning, and 1/2 instead of 0 in the last one.
+    Why the factor: v is measured at latents that have drifted by d. If the network predicts the same image x - s v
+    there, v is too large by d / s, and the step that follows undoes the share (s - n) / s of the drift by itself: n / s
+    is left to correct. As the prediction follows the latents in part, s / (2 s - n) is used. It is n / s to first order,
+    nearly 1 in the short steps at the beginning, and 1/2 instead of 0 in the last one.
 
     The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867), and for caches in PrediT
     (arXiv 2602.18093). Here it acts on the latents, after guidance, however the steps were skipped.
@@ -496,10 +496,12 @@ class Corrector:
         self.computed = [(s, v) for s, v in self.computed if s > sigma]  # a scheduler may repeat a sigma
         total = 0.0
         if self.computed and sigma > 0:
-            points = [*self.computed, (sigma, velocity)]
+            *earlier, last = self.computed
+            far = 0.45 * (last[0] - sigma)  # what is nearer to the last one says little about the curve across the gap
+            points = [*(point for point in earlier if point[0] - last[0] >= far), last, (sigma, velocity)]
             for s, next_s, used in self.skipped:
                 total = total + (next_s - s) * (interpolate(points, s) - used)
-            total = total * (sigma / (2 * sigma - next_sigma))
+            total = total * (sigma / (2 * sigma - min(sigma, next_sigma)))
         self.computed, self.skipped = [*self.computed[-1:], (sigma, velocity)], []
         return total
 
@@ -520,9 +522,8 @@ class CorrectedEulerScheduler(FlowMatchEulerDiscreteScheduler):
 
     @functools.wraps(FlowMatchEulerDiscreteScheduler.step)  # pipelines inspect its parameters
     def step(self, model_output, *args, **kwargs):
-        result = FlowMatchEulerDiscreteScheduler.step(
-            self, model_output, *args, **kwargs
-        )  # super() fails after removal
+        # super() fails after removal
+        result = FlowMatchEulerDiscreteScheduler.step(self, model_output, *args, **kwargs)
         cache = vars(self).get("teacache")
         is_running = cache is not None and cache.timesteps is self.timesteps and cache.step + 1 == self.step_index
         if not is_running or cache.index == self.step_index:
@@ -579,7 +580,8 @@ def apply_teacache(
 
     A network draws one image (or batch) at a time; threads need a network each. The calls of a step are known by their
     order: it does not notice calls in changing order, calls on other latents (by a callback, or to warm up within the
-    first step), and prompts that are changed in place. Where a prompt is replaced, the step is computed. `del pipeline` needs `gc.collect()`.
+    first step), and prompts that are changed in place. Where a prompt is replaced, the step is computed. After
+    `del pipeline`, `gc.collect()` frees the memory.
     Returns `model`. Raises ValueError for settings or networks that cannot work.
     """
     if tolerance is not None:

@@ -212,7 +212,7 @@ class Oracle:
         gaps = [b - a for a, b in zip(sigmas, sigmas[1:])]
         products = [(changes[0] * c).sum(tuple(range(1, c.ndim)), keepdim=True) for c in changes]
         lasted = (products[1] / products[0].clamp(min=1e-30) * (gaps[0] / gaps[1])).clamp(0, 1)
-        return outputs[-1] + (lasted * (sigma - sigmas[-1]) / gaps[1] * changes[1]).to(outputs[-1].dtype)
+        return outputs[-1] + (lasted * min((sigma - sigmas[-1]) / gaps[1], 2.0) * changes[1]).to(outputs[-1].dtype)
 
     def decide(self, step, branch, needed, signal):
         (decider, old), self.last = self.last, (branch, signal)

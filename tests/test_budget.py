@@ -111,6 +111,8 @@ def test_the_extrapolation_itself(machine):
     given = [(1.0, outputs[0]), (0.8, outputs[1]), (0.6, last)]
     expected = torch.tensor([[0.0, 4.25], [0.0, 7.5], [9.0, 3.0], [0.0, 2.0]])
     torch.testing.assert_close(extrapolate(given, 0.5), expected)
+    far = [extrapolate([(1.0, outputs[0]), (0.9, outputs[1]), (0.8, last)], sigma) for sigma in (0.6, 0.1)]
+    assert torch.equal(*far), "at most two gaps"
     given[0] = (1.0, outputs[1])
     assert torch.equal(extrapolate(given, 0.5), last), "no slope before: held"
 

@@ -25,11 +25,11 @@ def test_columns():
         found = find_columns(build_parser().parse_args(flags))
         return [(c["rel_l1_thresh"], c["computed_steps"], c["num_inference_steps"]) for c in found]
 
-    default = [(t, None, 30) for t in (0.0, 0.3, 0.9)]
-    assert columns() == [*default, (None, 15, 30), (None, 8, 30), (None, 8, 8)]
-    assert columns("--num-inference-steps", "9")[3:] == [(None, 8, 9), (None, 8, 8)], "those that fit"
-    assert columns("--num-inference-steps", "8")[3:] == []
-    assert columns("--computed-steps", "15", "15/30", "8/8")[3:] == [(None, 15, 30), (None, 8, 8)], "each once"
+    default = [(t, None, 30) for t in (0.0, 0.3)]
+    assert columns() == [*default, (None, 15, 30), (None, 15, 15), (None, 10, 30)]
+    assert columns("--num-inference-steps", "11")[2:] == [(None, 10, 11)], "those that fit"
+    assert columns("--num-inference-steps", "10")[2:] == []
+    assert columns("--computed-steps", "15", "15/30", "8/8")[2:] == [(None, 15, 30), (None, 8, 8)], "each once"
     assert build_parser().parse_args([]).prompts == [teacache_lumina2.PROMPT, "penguin with umbrella"]
     some = columns("--rel-l1-thresh", "0.2", "0", "0.2", "--computed-steps", "15", "15/100")
     assert some == [(0.0, None, 30), (0.2, None, 30), (None, 15, 30), (None, 15, 100)]

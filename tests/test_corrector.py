@@ -27,13 +27,13 @@ def both(loop, monkeypatch, way, **options):
 
 
 def test_the_formula(machine):
-    """Velocities on a parabola, or on a line as long as two are known, are interpolated exactly, whatever is skipped."""
+    """Velocities on a parabola, or on a line where two are known or are too close, are interpolated exactly."""
     sigmas, numbers = st.sampled_from([0.55, 0.58, 0.6, 0.65, 0.7]), st.lists(st.floats(-3, 3), min_size=5, max_size=5)
 
-    @given(numbers, st.lists(sigmas, max_size=5, unique=True), numbers, st.integers(1, 4))
-    def check(terms, skipped, junk, computed):
+    @given(numbers, st.lists(sigmas, max_size=5, unique=True), numbers, st.integers(1, 4), st.booleans())
+    def check(terms, skipped, junk, computed, close):
         def true(s):
-            return sum(term * s**power for power, term in enumerate(terms[: min(computed, 2) + 1]))
+            return sum(term * s**power for power, term in enumerate(terms[: 2 if close else min(computed, 2) + 1]))
 
         def correction(s, next_s, velocity, is_computed):
             velocity = torch.full((1, 2), velocity, dtype=torch.float64)
@@ -41,6 +41,8 @@ def test_the_formula(machine):
 
         corrector, missing, way = machine.script.Corrector(), 0.0, [*sorted(skipped, reverse=True), 0.5]
         for s in (2.0, 1.7, 1.4, 0.8)[-computed:]:
+            if close:
+                correction(s + 0.1, s, 7.0, True)
             assert correction(s, s - 0.1, true(s), True).abs().max() == 0
         for s, next_s, used in zip(way, way[1:], junk):
             assert correction(s, next_s, used, False) == 0
@@ -113,12 +115,13 @@ def test_it_is_finite_whatever_the_sigmas_are(machine):
     """They may repeat, and rise; the velocity of a step may be zero."""
     steps = st.tuples(st.sampled_from([0.9, 0.7, 0.5, 0.5, 0.2, 0.0]), st.booleans(), st.sampled_from([0.0, 1.0, -3.0]))
 
-    @given(st.lists(steps, min_size=2, max_size=8), st.booleans())
-    def check(walk, is_sorted):
+    @given(st.lists(steps, min_size=2, max_size=8), st.booleans(), st.booleans())
+    def check(walk, is_sorted, is_rising):
         corrector = machine.script.Corrector()
         walk = sorted(walk, key=lambda step: -step[0]) if is_sorted else walk
         for sigma, computed, value in [(1.0, True, 1.0), *walk]:
-            moved = corrector.correction(torch.tensor([[value, value / 2]]), sigma, sigma - 0.1, computed, 1)
+            next_sigma = 2 * sigma if is_rising else sigma - 0.1
+            moved = corrector.correction(torch.tensor([[value, value / 2]]), sigma, next_sigma, computed, 1)
             assert torch.as_tensor(moved).isfinite().all()
 
     check()

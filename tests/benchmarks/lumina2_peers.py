@@ -48,9 +48,8 @@ TABLES = {"shift6": ("peers.json", torch.float32), "rounding": ("peers_rounding.
 class Lab:
     """The denoising loop of `Lumina2Pipeline` on prepared prompts, with any sigmas and any solver."""
 
-    def __init__(self, pipeline, prompts, guidance, seed, cfg_trunc_ratio=1.0):
+    def __init__(self, pipeline, prompts, guidance, seed):
         self.pipeline, self.guidance, self.passes = pipeline, guidance, 0.0
-        self.cfg_trunc_ratio = cfg_trunc_ratio  # in the pipeline only
         embeds = pipeline.encode_prompt(prompts, True, negative_prompt=[""] * len(prompts))
         longest = int(embeds[1].sum(1).max())  # padding costs time and changes nothing
         self.embeds = [x[:, :longest] for x in embeds]  # with the prompt, its mask, without, its mask
@@ -101,7 +100,7 @@ class Lab:
         names = "prompt_embeds prompt_attention_mask negative_prompt_embeds negative_prompt_attention_mask".split()
         latents, self.passes = self.noise.clone(), steps
         given = {**dict(zip(names, self.embeds)), "guidance_scale": self.guidance}
-        given |= {"cfg_trunc_ratio": self.cfg_trunc_ratio, "latents": latents, "output_type": "latent"}
+        given |= {"latents": latents, "output_type": "latent"}
         return self.pipeline(**given, num_inference_steps=steps).images
 
     def euler(self, steps, shift):
