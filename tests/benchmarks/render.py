@@ -129,6 +129,7 @@ def is_ours(row):
 
 GROUPS = "known", "new", "all"
 AGAINST = "`computed_steps` against it"
+READING = {"L2P": " (our reading of its abstract)"}
 FLOAT32 = "uncached", "computed_steps", "plain", "Adams", "UniPC", "DPM"  # methods that are shown in float32, too
 
 
@@ -174,7 +175,7 @@ def front_lumina2(results):
         ("MagCache, about 15", "magcache_about_15"),
         ("**`computed_steps` 15**", "computed_steps_15"),
         ("**`computed_steps` 10**", "computed_steps_10"),
-        (f"best of the others at about 10: {rival.method}", None),
+        (f"best published at about 10: {rival.method}{READING.get(rival.method[:3], '')}", None),
     ]
     rows = [(name, found[key] if key else rival) for name, key in rows]
     shown = [
@@ -191,7 +192,7 @@ def front_memo(results):
         ("uncached", "uncached_20"),
         ("14 plain steps", "plain_steps_14"),
         ("10 plain steps", "plain_steps_10"),
-        ("DeepCache", "deepcache_interval_3_branch_0"),
+        ("DeepCache, with a shallow part in each step", "deepcache_interval_3_branch_0"),
         ("TeaCache's rule, 0.15, corrected: the default", "teacache_s_rule_corrected_0_15"),
         ("**`computed_steps` 14**", "computed_steps_14"),
         ("**`computed_steps` 10**", "computed_steps_10"),
