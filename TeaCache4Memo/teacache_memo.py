@@ -447,7 +447,7 @@ def choose_steps(sigmas, count):
 
 
 def extrapolate(outputs, sigma):
-    """v(s) of the formula at the top, from (s, v) of the last three computed steps; with fewer, the last v is held."""
+    """v(s) of the formula at the top, at most two gaps far. outputs: (s, v) of the last computed steps, at most three."""
     s2, v2 = outputs[-1]
     if len(outputs) < 3:
         return v2.clone()
@@ -456,7 +456,7 @@ def extrapolate(outputs, sigma):
     each = tuple(range(1, v2.ndim))  # each sample of a batch has its own r
     lasted = (before * change).sum(each, keepdim=True) / before.square().sum(each, keepdim=True).clamp(min=1e-30)
     r = (lasted * ((s1 - s0) / (s2 - s1))).clamp(0, 1)
-    reach = min((sigma - s2) / (s2 - s1), 2.0)  # in gaps: a list of steps may have a long one after a short one
+    reach = min((sigma - s2) / (s2 - s1), 2.0)  # in gaps: in a list of steps, a long one may follow a short one
     return v2 + (r * reach * change).to(v2.dtype)
 
 

@@ -270,14 +270,13 @@ def real_size_parts(results):
 
 
 def measured_on(results, *names):
-    """Machine, versions, date: a line for each group of results that were measured on the same."""
-    lines = {}
+    """Machine, versions, date, files: a line for all that were measured on the same."""
+    files = {}
     for name in names:
         about = results[name].about
         packages = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-        lines.setdefault(f"{about['machine']}, {packages}, {about['date']}", []).append(f"{name}.json")
-    who = {line: f"{', '.join(files)} measured" if len(names) > 1 else "Measured" for line, files in lines.items()}
-    return "\n\n".join(f"{who[line]} on {line}." for line in lines) + "\n"
+        files.setdefault(f"{about['machine']}, {packages}, {about['date']}", []).append(f"{name}.json")
+    return "\n\n".join(f"Measured on {where} ({', '.join(found)})." for where, found in files.items()) + "\n"
 
 
 TABLES = {
