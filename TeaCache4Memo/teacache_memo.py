@@ -51,6 +51,7 @@ from types import MethodType, ModuleType, SimpleNamespace
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import logging
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -67,10 +68,13 @@ MODEL = "memoavatar/memo"  # for load_pipeline; the command line takes model_nam
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as CONFIG names them
 EMOTIONS = "angry disgusted fearful happy neutral other sad surprised unknown".split()  # labels 0 to 8 of emotion2vec
 NETWORK = "diffusion_net"  # attribute of the pipeline that TeaCache is applied to
+PACKAGE = "memo"  # that the network's forward must be from: others are not replaced
 
 COEFFICIENTS = [1.0, 0.0]  # rescaling polynomial, highest power first: the identity, none was fitted for MEMO
 CORRECT = True  # with a pipeline: correct the latents afterwards for what skipped steps got wrong, see Corrector
 # ------------------------------------------------------------------------------
+
+logger = logging.get_logger(f"diffusers.{Path(__file__).stem}")
 
 
 def teacache_forward(
@@ -103,12 +107,11 @@ def teacache_forward(
     sigma = torch.stack([torch.as_tensor(t).float().mean() for t in timesteps]).mean() / 1000
     portrait = ref_features["mid"][0][0][0]
     conditioning = [encoder_hidden_states, audio_embedding, audio_emotion, class_labels, mask_cond_fea, attention_mask]
-    cache = find_step(self, sigma, sample)
-    if update_past_memory:
-        cache.branches_before = []  # nothing to reuse: the call is computed
-    branch = cache.begin_call(sample, *conditioning, uc_mask, portrait)
-    if cache.plan is not None and not cache.should_calc(branch):
-        sample = extrapolate(branch.outputs, cache.sigma)
+    cache = begin_call(self, sigma, sample, *conditioning, uc_mask, portrait, is_new=update_past_memory)
+    should_calc = cache.should_calc()
+    if should_calc is False and cache.plan is not None:
+        sample = extrapolate(cache.branch.outputs, cache.sigma)
+        cache.end_call()
         return UNet3DConditionOutput(sample=sample) if return_dict else (sample,)
     # ---- end of TeaCache ----
 
@@ -151,9 +154,9 @@ def teacache_forward(
         sample = sample + mask_cond_fea
 
     # ---- TeaCache: stock runs the blocks at every step ----
-    if cache.by_threshold and cache.calls == 1:
-        cache.accumulate(branch, modulated_input=sample)
-    if cache.should_calc(branch):
+    if should_calc is None:
+        should_calc = cache.should_calc(modulated_input=sample)
+    if should_calc:
         original_sample = sample
         memory = {"is_new_audio": is_new_audio, "update_past_memory": update_past_memory}
         for_all = {"temb": emb, "encoder_hidden_states": encoder_hidden_states, **memory}
@@ -198,7 +201,7 @@ def teacache_forward(
                 sample = upsample_block(**inputs)
         residual = sample - original_sample if cache.by_threshold else None
     else:
-        residual = branch.previous_residual
+        residual = cache.branch.previous_residual
         sample = sample + residual
     # ---- end of TeaCache ----
 
@@ -207,202 +210,11 @@ def teacache_forward(
     sample = self.conv_act(sample)
     sample = self.conv_out(sample)
 
-    cache.keep(branch, sample, residual)  # TeaCache: for the steps that are skipped
+    cache.end_call(sample, residual)  # TeaCache: for the steps that are skipped
     return UNet3DConditionOutput(sample=sample) if return_dict else (sample,)
 
 
-# ---- which step a call belongs to --------------------------------------------
-
-
-def find_step(model, sigma, latents):
-    """The state of the running generation, at the step of this call. sigma: a tensor, 1 is noise, 0 the image."""
-    cache, scheduler = vars(model).get("teacache") or TeaCacheState(), vars(model).get("teacache_scheduler")
-    if torch.is_grad_enabled():  # nothing is reused
-        cache = TeaCacheState()
-        cache.begin_step(0, -math.inf)
-    elif scheduler is None:
-        cache = count_step(model, cache, sigma.item())
-    else:
-        cache = follow(model, cache, scheduler, sigma, latents) or compute_all(cache, scheduler.timesteps, sigma.item())
-    is_on = getattr(model, "enable_teacache", False) and (cache.plan is not None or cache.rel_l1_thresh > 0)
-    cache.is_on = is_on and not cache.is_last_step
-    model.teacache = cache
-    return cache
-
-
-def count_step(model, cache, sigma):
-    """A network alone: a generation begins where sigma rises or a call has not finished, and a step where it falls."""
-    if sigma > cache.sigma or cache.was_interrupted or len(cache.sigmas) == 1:
-        if getattr(model, "enable_teacache", False) and cache.sigmas and len(cache.schedule) != len(cache.sigmas):
-            ran = f"the last generation ran {len(cache.schedule)} of {len(cache.sigmas)} steps (or was stopped)"
-            warnings.warn(f"TeaCache: {ran}: set num_steps to num_inference_steps", stacklevel=4)
-        num_steps = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS)
-        cache = new_generation(model, [1 - step / num_steps for step in range(num_steps)])  # as if evenly spaced
-    if sigma != cache.sigma:
-        cache.begin_step(cache.step + 1, sigma)
-    return cache
-
-
-def follow(model, cache, scheduler, sigma, latents):
-    """With a scheduler: a generation begins where the timesteps are set, and a step where step_index has risen by one.
-
-    Whatever else happens begins a generation too, and its first step is computed: strange loops become slow, never
-    wrong. Returns None if the scheduler does not drive this loop.
-    """
-    timesteps, index = scheduler.timesteps, scheduler.step_index  # set_timesteps makes a new tensor; None: no step yet
-    is_known = cache.timesteps is timesteps
-    has_ended = index is not None and index >= len(timesteps)
-    if has_ended or (is_known and not cache.sigmas):
-        return None
-    if is_known and index == cache.step + 1 and cache.sigmas[index] <= cache.sigma:
-        cache.begin_step(index, cache.sigmas[index], index)
-    elif not is_known or index != cache.index:
-        sigmas = (timesteps.cpu().double() / scheduler.config.num_train_timesteps).tolist()
-        step = np.abs(np.array(sigmas) - sigma.item()).argmin().item() if index is None else index
-        cache = new_generation(model, sigmas, step, timesteps)
-        cache.begin_step(step, sigmas[step], index)
-        watch(scheduler, cache)
-    # else another call of the running step
-    is_driven = latents is cache.latents or abs(sigma.item() - cache.sigma) < 0.002  # item() waits for the GPU
-    return cache if is_driven else None
-
-
-def compute_all(cache, timesteps, sigma):
-    """A loop that the scheduler does not drive, until its timesteps are set again: a warning for each image."""
-    if cache.timesteps is not timesteps or cache.sigmas or sigma > cache.sigma:
-        why = "the scheduler that it was applied with does not drive this loop"
-        warnings.warn(f"TeaCache: {why}: all steps are computed; apply it to the pipeline again", stacklevel=4)
-        cache = TeaCacheState(timesteps=timesteps)
-    if sigma != cache.sigma:
-        cache.begin_step(cache.step + 1, sigma)
-    return cache
-
-
-def new_generation(model, sigmas, first=0, timesteps=None):
-    """With the settings of the model, else of its class, else the constants. first: the step that it begins with."""
-    rel_l1_thresh, plan = getattr(model, "rel_l1_thresh", None), getattr(model, "computed_steps", None)
-    if rel_l1_thresh is None and plan is None:
-        rel_l1_thresh, plan = REL_L1_THRESH, COMPUTED_STEPS
-    if plan is not None and np.ndim(plan) == 0:
-        plan = [first + step for step in choose_steps(sigmas[first:], int(plan))]
-    elif plan is not None:
-        check_plan(plan, len(sigmas))
-    coefficients = getattr(model, "coefficients", None)
-    coefficients = COEFFICIENTS if coefficients is None else coefficients
-    return TeaCacheState(sigmas, plan, rel_l1_thresh or 0.0, coefficients, timesteps)
-
-
-# ---- what is kept ------------------------------------------------------------
-
-
-class Branch:
-    """The cache of one call in a step. Guidance, say, makes two calls: with the prompt, and without."""
-
-    def __init__(self, layout, conditioning):
-        self.layout, self.conditioning = layout, conditioning
-        self.previous_modulated_input = None  # with a threshold: of the last step
-        self.previous_residual = None  # with a threshold: output minus input of the blocks at the last computed step
-        self.outputs = []  # with computed_steps: (sigma, output) of the last three computed steps
-
-    @property
-    def is_empty(self):
-        return self.previous_residual is None and not self.outputs
-
-    def fits(self, layout, conditioning):
-        """Whether a call is the same as in the last step. Tensors that were made anew are compared by value."""
-        return self.layout == layout and all(map(is_same, self.conditioning, conditioning))
-
-
-def is_same(a, b):
-    if a is b or not (torch.is_tensor(a) and torch.is_tensor(b)):
-        return a is b
-    return (a.dtype, a.device) == (b.dtype, b.device) and torch.equal(a, b)
-
-
-class TeaCacheState:
-    """One generation of a network: `print(model.teacache)` shows which steps were computed."""
-
-    def __init__(self, sigmas=(), plan=None, rel_l1_thresh=0.0, coefficients=None, timesteps=None):
-        self.sigmas = sigmas  # of all steps: 1 is noise, 0 the image
-        self.plan = plan  # with computed_steps: which they are
-        self.rel_l1_thresh = rel_l1_thresh
-        self.coefficients = coefficients
-        self.timesteps = timesteps  # the scheduler's own tensor; None: a network alone
-        self.is_on = False  # whether this call may be skipped, and keeps what later ones reuse
-        self.step, self.sigma = -1, -math.inf  # the running step: none yet
-        self.index = None  # the scheduler's step_index when it was last seen
-        self.latents = None  # that the scheduler has returned
-        self.schedule = []  # one entry a step: whether it is computed
-        self.calls = 0  # of the network in the running step
-        self.branches, self.branches_before = [], []  # of the calls in the running step, and in the step before
-        self.accumulated_rel_l1_distance = 0.0  # since the last computed step
-        self.corrector = Corrector()
-
-    def __repr__(self):
-        marks = "".join("X" if computed else "." for computed in self.schedule)
-        return f"{self.schedule.count(True)} of {len(self.schedule)} steps computed: {marks}"
-
-    @property
-    def is_last_step(self):
-        return self.step >= len(self.sigmas) - 1
-
-    @property
-    def next_sigma(self):
-        return 0.0 if self.is_last_step else self.sigmas[self.step + 1]
-
-    @property
-    def by_threshold(self):
-        return self.is_on and self.plan is None
-
-    @property
-    def was_interrupted(self):
-        """Whether a call of the running step has not finished: it has left nothing to reuse."""
-        return any(branch.is_empty for branch in self.branches)
-
-    def begin_step(self, step, sigma, index=None):
-        self.step, self.sigma, self.index = step, sigma, index
-        self.branches_before, self.branches, self.calls = self.branches, [], 0
-        if self.is_last_step:
-            self.branches_before = []  # nothing is reused any more
-        self.schedule.append(self.plan is None or step in self.plan)  # unless begin_call or accumulate change it
-
-    def begin_call(self, latents, *conditioning):
-        """The branch of this call: that of the same place in the step before, or an empty one if it is another call."""
-        layout = latents.shape, latents.dtype, latents.device
-        branch = self.branches_before[self.calls] if self.is_on and self.calls < len(self.branches_before) else None
-        if branch is None or not branch.fits(layout, conditioning):
-            branch = Branch(layout, conditioning)
-        self.calls += 1
-        if self.calls == 1 and branch.is_empty:
-            self.schedule[-1] = True
-        if self.is_on:
-            self.branches.append(branch)
-        return branch
-
-    def should_calc(self, branch):
-        """Whether this call runs the blocks: its step is computed, or it has nothing to reuse."""
-        return branch.is_empty or self.schedule[-1]
-
-    def accumulate(self, branch, modulated_input):
-        """TeaCache's rule, in the first call of a step: compute when the accumulated change reaches the threshold."""
-        if branch.previous_modulated_input is not None:
-            change = relative_l1(modulated_input, branch.previous_modulated_input)
-            self.accumulated_rel_l1_distance += rescale(change, self.coefficients)
-            self.schedule[-1] = not self.accumulated_rel_l1_distance < self.rel_l1_thresh  # NaN: compute
-        if self.schedule[-1]:
-            self.accumulated_rel_l1_distance = 0.0
-        branch.previous_modulated_input = modulated_input
-
-    def keep(self, branch, output, residual):
-        """What skipped steps will use. At the end of a call, so that one that fails leaves nothing new."""
-        if self.by_threshold:
-            branch.previous_residual = residual
-        elif self.is_on:
-            earlier = [(s, v) for s, v in branch.outputs if s > self.sigma]  # Heun's scheduler, say, repeats a sigma
-            branch.outputs = [*earlier[-2:], (self.sigma, output.clone())]  # the caller may write into its output
-
-
-# ---- which steps are computed, and what the others use -----------------------
+# ---- the method: which steps are computed, what the others use, what is corrected ------
 
 
 def relative_l1(new, old):
@@ -460,9 +272,6 @@ def extrapolate(outputs, sigma):
     return v2 + (r * reach * change).to(v2.dtype)
 
 
-# ---- what is corrected -------------------------------------------------------
-
-
 class Corrector:
     """Moves the latents to where they would be, had the skipped steps known what the next computed step knows.
 
@@ -477,19 +286,27 @@ class Corrector:
     is left to correct. As the prediction follows the latents in part, s / (2 s - n) is used. It is n / s to first order,
     nearly 1 in the short steps at the beginning, and 1/2 instead of 0 in the last one.
 
+    It acts after guidance, since pipelines may rescale the guided velocity: what is right for each call is then not
+    right for both (measured: 60 dB with the correction inside the network's output, 66 dB here).
+
     The idea is that of the corrector of a multistep method, as in UniPC (arXiv 2302.04867), and for caches in PrediT
-    (arXiv 2602.18093). Here it acts on the latents, after guidance, however the steps were skipped.
+    (arXiv 2602.18093). Here it acts on the latents, however the steps were skipped.
     """
+
+    CLOSE = 0.45  # of the gap to the last computed step: a velocity nearer to that one says little of the curve in it
 
     def __init__(self):
         self.computed = []  # (sigma, velocity) of the last two computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
-        self.kind = None  # number of calls and shape: where it changes, guidance has ended, say
+        self.kind = None
 
-    def correction(self, velocity, sigma, next_sigma, is_computed, calls):
-        """What to add to the latents after this step: the formula above, 0 after a skipped step."""
-        if self.kind != (calls, velocity.shape):
-            self.computed, self.skipped, self.kind = [], [], (calls, velocity.shape)
+    def correction(self, velocity, sigma, next_sigma, is_computed, kind):
+        """What to add to the latents after this step: the formula above, 0 after a skipped step.
+
+        kind: of what the velocity is made. Where it changes (guidance has ended, say), this begins anew.
+        """
+        if self.kind != kind:
+            self.computed, self.skipped, self.kind = [], [], kind
         if not is_computed:
             self.skipped.append((sigma, next_sigma, velocity))
             return 0.0
@@ -497,7 +314,7 @@ class Corrector:
         total = 0.0
         if self.computed and sigma > 0:
             *earlier, last = self.computed
-            far = 0.45 * (last[0] - sigma)  # what is nearer to the last one says little about the curve across the gap
+            far = self.CLOSE * (last[0] - sigma)
             points = [*(point for point in earlier if point[0] - last[0] >= far), last, (sigma, velocity)]
             for s, next_s, used in self.skipped:
                 total = total + (next_s - s) * (interpolate(points, s) - used)
@@ -514,49 +331,434 @@ def interpolate(points, s):
     return total
 
 
-class CorrectedEulerScheduler(FlowMatchEulerDiscreteScheduler):
-    """The class of a pipeline's scheduler while TeaCache is applied: after a step, the latents are corrected.
+# ---- the state: an image, its running step, the calls of a step --------------
 
-    It goes by the stock name, and what is copied, pickled or saved is a stock scheduler.
+
+class TeaCacheState:
+    """One generation of a network: `print(model.teacache)` shows which steps were computed.
+
+    An image is its latents. A call on the latents of the running step is one more call of it, and a call on those that
+    the scheduler has made of them begins the next step. On any others a new image begins, whose first step is computed:
+    strange loops become slow, never wrong.
     """
 
-    @functools.wraps(FlowMatchEulerDiscreteScheduler.step)  # pipelines inspect its parameters
-    def step(self, model_output, *args, **kwargs):
-        # super() fails after removal
-        result = FlowMatchEulerDiscreteScheduler.step(self, model_output, *args, **kwargs)
-        cache = vars(self).get("teacache")
-        is_running = cache is not None and cache.timesteps is self.timesteps and cache.step + 1 == self.step_index
-        if not is_running or cache.index == self.step_index:
-            return result  # the network was not called for it, or it is repeated
-        cache.index, latents = self.step_index, result[0]
-        if is_corrected(self):
-            velocity, is_computed = model_output.to(torch.float32, copy=True), cache.schedule[-1]
-            correction = cache.corrector.correction(velocity, cache.sigma, cache.next_sigma, is_computed, cache.calls)
-            latents = (latents + correction).to(latents.dtype)
-        cache.latents = latents
-        if cache.is_last_step:
-            cache.corrector, cache.latents = Corrector(), None  # frees the tensors
-        return (latents, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=latents)
+    def __init__(self, sigmas=(), plan=None, rel_l1_thresh=0.0, coefficients=None, timesteps=None):
+        self.sigmas = sigmas  # of all steps: 1 is noise, 0 the image
+        self.plan = plan  # with computed_steps: which they are
+        self.rel_l1_thresh = rel_l1_thresh
+        self.coefficients = coefficients
+        self.timesteps = timesteps  # the scheduler's own tensor; None: a network alone
+        self.halted = None  # why nothing is skipped any more
+        self.is_on = False  # whether this call may be skipped, and leaves what later ones reuse
+        self.schedule = []  # one entry a step: whether it was computed
+        # of the running step
+        self.step, self.sigma, self.index = -1, -math.inf, None  # none yet; index: the scheduler's
+        self.time, self.latents = None, None  # as its first call was given them
+        self.is_computed = None  # what was decided in its first call
+        self.call = None  # the running one: its branch, latents and conditioning
+        self.branches = []  # of the calls that have ended
+        self.has_skipped = False  # whether one of them was skipped
+        self.moved = None  # Moved: its latents, once the scheduler has ended it
+        # of the steps before
+        self.branches_before, self.moved_before = [], None
+        self.kind = 0  # rises where the calls of a step are not those of the step before
+        self.previous_modulated_input = None  # with a threshold: of the first call
+        self.accumulated_rel_l1_distance = 0.0  # since the last computed step
+        self.corrector = Corrector()
 
-    def __reduce_ex__(self, protocol):
+    def __repr__(self):
+        marks = "".join("X" if computed else "." for computed in self.schedule)
+        return f"{self.schedule.count(True)} of {len(self.schedule)} steps computed: {marks}"
+
+    @property
+    def is_last_step(self):
+        return self.step >= len(self.sigmas) - 1
+
+    @property
+    def next_sigma(self):
+        return 0.0 if self.is_last_step else self.sigmas[self.step + 1]
+
+    @property
+    def by_threshold(self):
+        return self.is_on and self.plan is None
+
+    @property
+    def branch(self):
+        """Of the running call."""
+        return self.call[0]
+
+    # ---- steps ----
+
+    def begin_step(self, step, sigma, index=None, time=None, latents=None):
+        self.step, self.sigma, self.index, self.time, self.latents = step, sigma, index, time, latents
+        self.branches_before, self.branches = self.branches, []
+        self.moved_before, self.moved = self.moved, None
+        self.is_computed, self.has_skipped = None, False
+        self.schedule.append(False)
+        if self.is_last_step:  # nothing is reused any more
+            self.previous_modulated_input = None
+            for branch in self.branches_before:
+                branch.empty()
+        return self
+
+    def end_step(self, latents, returned):
+        """The scheduler's step has made `returned` of the latents."""
+        self.moved = Moved(latents, returned)
+        if self.is_last_step:
+            self.free()
+
+    def halt(self, why):
+        """Say why nothing is skipped any more. From here on, the steps are only counted."""
+        if why:
+            logger.warning(f"TeaCache: {why}: all steps are computed")
+        self.halted, self.sigmas = why, ()
+        self.sigma = self.sigma if self.time is None else self.time.item()
+        self.free()
+
+    def free(self):
+        """Let all tensors go."""
+        self.branches, self.branches_before, self.corrector = [], [], Corrector()
+        self.time = self.latents = self.moved = self.moved_before = self.previous_modulated_input = None
+
+    # ---- calls ----
+
+    def is_another_call(self, latents, conditioning):
+        """Whether it is one more call of the running step: on its latents, or on equal ones for another prompt."""
+        if self.latents is None or self.moved is not None:
+            return False
+        if share_memory(latents, self.latents):
+            return True
+        return not self.has_ended(conditioning) and is_near(latents, self.latents)
+
+    def has_ended(self, conditioning):
+        """Whether a call with this conditioning has, in the running step."""
+        return any(is_same(branch.conditioning, conditioning) for branch in self.branches)
+
+    def is_repeated(self, latents, conditioning):
+        """Whether it is the call that has failed, once more, and cannot be taken for another one of its step."""
+        _, latents_before, conditioning_before = self.call
+        is_again = is_same(conditioning_before, conditioning) and is_near(latents, latents_before)
+        return is_again and not self.has_ended(conditioning)
+
+    def begin_call(self, latents, conditioning, is_new):
+        """Finds the branch: that of the same place in the step before, or an empty one if that was another call."""
+        place = len(self.branches)
+        branch = self.branches_before[place] if place < len(self.branches_before) else None
+        if branch is None or is_new or not branch.leads_to(latents, conditioning, self.sigma, self.moved_before):
+            branch = Branch()
+        self.call = branch, latents, conditioning
+
+    def should_calc(self, modulated_input=None):
+        """Whether this call runs the blocks. None: its modulated input decides that, and is not known yet."""
+        if self.is_computed is None and self.by_threshold and modulated_input is None:
+            return None
+        if self.is_computed is None:
+            self.is_computed = self.decide(modulated_input)
+        should_calc = self.is_computed or self.branch.is_empty  # whatever was decided, if there is nothing to reuse
+        self.schedule[-1] |= should_calc
+        self.has_skipped |= not should_calc
+        return should_calc
+
+    def decide(self, modulated_input):
+        """Whether the running step is computed: once, in its first call."""
+        if not self.is_on or self.branch.is_empty:
+            is_computed = True
+        elif self.plan is not None:
+            is_computed = self.step in self.plan
+        else:  # TeaCache's rule
+            change = relative_l1(modulated_input, self.previous_modulated_input)
+            self.accumulated_rel_l1_distance += rescale(change, self.coefficients)
+            is_computed = not self.accumulated_rel_l1_distance < self.rel_l1_thresh  # NaN: compute
+        if is_computed:
+            self.accumulated_rel_l1_distance = 0.0
+        self.previous_modulated_input = modulated_input
+        return is_computed
+
+    def end_call(self, output=None, residual=None):
+        """What the call leaves, of a computed one also its output. At the end, so that one that fails leaves nothing."""
+        (branch, latents, conditioning), self.call = self.call, None
+        if self.halted is not None or (self.timesteps is None and self.is_last_step):
+            return
+        branch.see(self.sigma, latents.clone() if self.timesteps is None else latents, conditioning)
+        if not self.is_on:
+            branch.empty()
+        elif self.plan is None:
+            branch.previous_residual = residual
+        elif output is not None:
+            earlier = [(s, v) for s, v in branch.outputs if s > self.sigma]  # Heun's scheduler, say, repeats a sigma
+            branch.outputs = [*earlier[-2:], (self.sigma, output.clone())]  # the caller may write into its output
+        self.branches.append(branch)
+
+    def end_calls(self):
+        """`kind`: another one if the calls of this step are not those of the step before."""
+        self.kind += self.branches != self.branches_before
+        return self.kind
+
+
+class Branch:
+    """The cache of one call of a step, for the next steps. Guidance, say, makes two calls: with the prompt, and without."""
+
+    def __init__(self):
+        self.sigma, self.latents, self.conditioning = None, None, None  # of the last call
+        self.empty()
+
+    def empty(self):
+        self.previous_residual = None  # with a threshold: output minus input of the blocks at the last computed step
+        self.outputs = []  # with computed_steps: (sigma, output) of the last three computed steps
+
+    @property
+    def is_empty(self):
+        return self.previous_residual is None and not self.outputs
+
+    def see(self, sigma, latents, conditioning):
+        self.sigma, self.latents, self.conditioning = sigma, latents, conditioning
+
+    def leads_to(self, latents, conditioning, sigma, moved):
+        """Whether a call is this one, a step later: with the same conditioning, on what has become of its latents."""
+        if (self.latents.shape, self.latents.dtype) != (latents.shape, latents.dtype):
+            return False
+        if moved is None:  # a network alone
+            is_on = self.is_near(latents, sigma)
+        else:
+            is_on = place_in(self.latents, moved.latents) == place_in(latents, moved.returned)
+        return is_on and is_same(self.conditioning, conditioning)
+
+    def is_near(self, latents, sigma):
+        """Whether one step leads there. A network alone cannot know what becomes of its latents, just how far they go.
+
+        On the bundled model, a step moves them by 1.4 to 2.1 times its length in sigma, relative to their size, or by 7 where
+        guidance is not normalised. Other latents are 0.7 to 1.4 away, those of the same prompt at least 0.25.
+        """
+        return is_near(latents, self.latents, min(10 * (self.sigma - sigma), 0.5) * size_of(self.latents))
+
+
+class Moved:
+    """What the scheduler's step has made of the latents."""
+
+    def __init__(self, latents, returned):
+        self.latents, self.returned = latents, returned
+        self.version, self.value = version_of(returned), returned.clone()  # somebody may write into it
+        self.length = size_of(returned.float() - latents.float())
+
+    def leads_to(self, latents):
+        """Whether a call on these latents is of the next step. If they were replaced, they are compared by value.
+
+        A callback that blends, as in inpainting, puts them where another velocity would have: at most twice as far as
+        the step has moved them. Other images, and moved or mirrored ones, are 0.7 to 1.4 times their own size away.
+        """
+        is_untouched = share_memory(latents, self.returned) and version_of(latents) == self.version
+        return is_untouched or is_near(latents, self.value, 2 * self.length)
+
+
+def is_same(conditioning, other):
+    """Whether all of it is equal. Tensors that were made anew are compared by value, which waits for the GPU once."""
+    differences = []
+    for a, b in zip(conditioning, other):
+        if torch.is_tensor(a) and torch.is_tensor(b) and a is not b:
+            if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+                return False
+            differences.append((a != b).any())
+        elif a is not b and (torch.is_tensor(a) or torch.is_tensor(b) or a != b):
+            return False
+    return not differences or not torch.stack(differences).any().item()
+
+
+def is_near(latents, expected, distance=0.0):
+    """Whether each sample is at most so far from what is expected, but for rounding. Guidance may double the batch."""
+    if latents.shape[1:] != expected.shape[1:] or len(latents) % len(expected) or latents.device != expected.device:
+        return False
+    apart = size_of(latents.float().unflatten(0, (-1, len(expected))) - expected.float(), first=2)
+    rounding = torch.finfo(latents.dtype).eps * size_of(expected)
+    return (apart <= distance + rounding).all().item()
+
+
+def size_of(latents, first=1):
+    """The norm of each sample."""
+    return latents.float().flatten(first).norm(dim=first)
+
+
+def share_memory(a, b):
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def version_of(tensor):
+    """Rises where somebody writes into the tensor, also through a part of it. Not counted in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def place_in(part, whole):
+    """Where a tensor lies in the memory of another one, of tiles say; None if it does not, or is all of it."""
+    if not share_memory(part, whole) or part.shape == whole.shape:
+        return None
+    return part.storage_offset() - whole.storage_offset(), part.stride()
+
+
+# ---- which step a call belongs to --------------------------------------------
+
+NOT_DRIVEN = "the scheduler that it was applied with does not drive this loop (apply it to the pipeline again)"
+
+
+def begin_call(model, sigma, latents, *conditioning, is_new=False):
+    """The state of the running generation, at the step of this call. sigma: a tensor, 1 is noise, 0 the image.
+
+    conditioning: all else that the output depends on. is_new: the call uses nothing of the steps before.
+    """
+    cache, scheduler = vars(model).get("teacache") or TeaCacheState(), vars(model).get("teacache_scheduler")
+    if cache.call is not None and not cache.is_repeated(latents, conditioning):
+        cache = TeaCacheState()  # a call has failed: begin anew
+    if torch.is_grad_enabled():
+        cache = count_only(cache, sigma, "" if model.training else "gradients are on (use torch.no_grad())")
+    elif scheduler is None:
+        cache = count_steps(model, cache, sigma, latents, conditioning)
+    else:
+        cache = follow(model, cache, scheduler, sigma, latents, conditioning)
+    is_on = getattr(model, "enable_teacache", False) and (cache.plan is not None or cache.rel_l1_thresh > 0)
+    cache.is_on = is_on and not cache.is_last_step
+    cache.begin_call(latents, conditioning, is_new)
+    model.teacache = cache
+    return cache
+
+
+def follow(model, cache, scheduler, sigma, latents, conditioning):
+    """With a scheduler: an image begins where the timesteps are set, and goes on as TeaCacheState says."""
+    timesteps = scheduler.timesteps  # set_timesteps makes a new tensor
+    has_begun = scheduler.step_index is not None
+    index = scheduler.step_index if has_begun else getattr(scheduler, "begin_index", None)
+    if cache.timesteps is timesteps and cache.halted is None:
+        if cache.is_another_call(latents, conditioning):
+            return cache
+        if cache.moved is not None and index == cache.step + 1 and cache.moved.leads_to(latents):
+            return cache.begin_step(index, cache.sigmas[index], index, sigma, latents)
+        is_without = cache.moved is None and index in (cache.index, cache.step + 1)  # the scheduler has not ended it
+        if is_without and cache.time is not None and not torch.equal(sigma, cache.time):
+            cache.halt(NOT_DRIVEN)
+    is_set = has_begun or len(timesteps) != scheduler.config.num_train_timesteps
+    has_ended = index is not None and index >= len(timesteps)
+    if not is_set or has_ended or (cache.timesteps is timesteps and cache.halted is not None):
+        return count_only(cache, sigma, cache.halted or NOT_DRIVEN, timesteps)
+    sigmas = (timesteps.cpu().double() / scheduler.config.num_train_timesteps).tolist()
+    step = np.abs(np.array(sigmas) - sigma.item()).argmin().item() if index is None else index
+    watch(scheduler, model)
+    return new_generation(model, sigmas, step, timesteps).begin_step(step, sigmas[step], index, sigma, latents)
+
+
+def count_steps(model, cache, sigma, latents, conditioning):
+    """A network alone: a step begins where sigma falls, and an image where it rises, or the latents are others."""
+    now = sigma.item()
+    if now == cache.sigma and len(cache.sigmas) > 1:
+        if cache.is_last_step or cache.is_another_call(latents, conditioning):
+            return cache
+    is_next = now < cache.sigma and (not cache.branches or cache.branches[0].is_near(latents, now))
+    if not is_next or cache.halted is not None:
+        num_steps = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS)
+        if getattr(model, "enable_teacache", False) and cache.sigmas and len(cache.schedule) != len(cache.sigmas):
+            ran = f"the last generation ran {len(cache.schedule)} of {len(cache.sigmas)} steps (or was stopped)"
+            logger.warning(f"TeaCache: {ran}: set num_steps to num_inference_steps")
+        cache = new_generation(model, [1 - step / num_steps for step in range(num_steps)])  # as if evenly spaced
+    return cache.begin_step(cache.step + 1, now, None, sigma, latents)
+
+
+def count_only(cache, sigma, why, timesteps=None):
+    """The state of an image in which nothing is skipped: its steps are counted, and why is said once."""
+    now = sigma.item()
+    if cache.halted != why or cache.timesteps is not timesteps or now > cache.sigma:
+        cache = TeaCacheState(timesteps=timesteps)
+        cache.halt(why)
+    return cache if now == cache.sigma else cache.begin_step(cache.step + 1, now)
+
+
+def new_generation(model, sigmas, first=0, timesteps=None):
+    """With the settings of the model, else of its class, else the constants. first: the step that it begins with."""
+    rel_l1_thresh, plan = getattr(model, "rel_l1_thresh", None), getattr(model, "computed_steps", None)
+    if rel_l1_thresh is None and plan is None:
+        rel_l1_thresh, plan = REL_L1_THRESH, COMPUTED_STEPS
+    if rel_l1_thresh and plan is not None:
+        raise ValueError("rel_l1_thresh and computed_steps are both set: set the one that is not wanted to None")
+    if rel_l1_thresh == 0:
+        plan = None  # nothing is skipped
+    elif plan is not None and np.ndim(plan) == 0:
+        plan = [first + step for step in choose_steps(sigmas[first:], int(plan))]
+    elif plan is not None:
+        check_plan(plan, len(sigmas))
+        plan = list(plan)  # the caller may change its own
+    coefficients = getattr(model, "coefficients", None)
+    coefficients = COEFFICIENTS if coefficients is None else coefficients
+    return TeaCacheState(sigmas, plan, rel_l1_thresh or 0.0, coefficients, timesteps)
+
+
+# ---- the scheduler: what it makes of the latents, and their correction --------
+
+
+@functools.cache
+def watched(stock):
+    """A scheduler's class, with a step that TeaCache sees. It has the stock name, and copies and files are stock."""
+
+    @functools.wraps(stock.step)  # pipelines inspect its parameters
+    def step(self, model_output, timestep, sample, *args, **kwargs):
+        random_state = state_of_random(sample.device, *args, *kwargs.values())
+        result = stock.step(self, model_output, timestep, sample, *args, **kwargs)
+        network = vars(self).get("teacache", lambda: None)()
+        cache = network and vars(network).get("teacache")
+        is_running = cache and cache.timesteps is self.timesteps and cache.step + 1 == self.step_index
+        if not is_running or cache.latents is None or cache.moved is not None:
+            return result  # the network was not called for it
+        if state_of_random(sample.device, *args, *kwargs.values()) != random_state:
+            cache.halt(f"{stock.__name__} adds noise in its steps")
+            return result
+        return end_step(self, cache, model_output, sample, result)
+
+    def reduce(self, protocol):
         state = {name: value for name, value in vars(self).items() if name != "teacache"}
-        return object.__new__, (FlowMatchEulerDiscreteScheduler,), state
+        return object.__new__, (stock,), state
+
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "stock_class": stock}
+    return type(stock.__name__, (stock,), {"step": step, "__reduce_ex__": reduce, **names})
 
 
-CorrectedEulerScheduler.__name__ = FlowMatchEulerDiscreteScheduler.__name__  # save_pretrained writes these two
-CorrectedEulerScheduler.__module__ = FlowMatchEulerDiscreteScheduler.__module__
+def state_of_random(device, *arguments):
+    """Of all generators that a step can draw noise from: those among its arguments, and torch's own."""
+    generators = [x for given in arguments for x in (given if isinstance(given, list) else [given])]
+    states = [x.get_state() for x in generators if isinstance(x, torch.Generator)]
+    states += [torch.get_rng_state()]
+    if device.type == "cuda":
+        states += torch.cuda.get_rng_state_all()
+    elif device.type == "mps":
+        states += [torch.mps.get_rng_state()]
+    return [state.numpy().tobytes() for state in states]
+
+
+def end_step(scheduler, cache, model_output, latents, result):
+    """The running step has ended. Returns the result of the scheduler's step, corrected."""
+    returned, kind = result[0], cache.end_calls()
+    if is_corrected(scheduler):
+        velocity = model_output.to(torch.float32, copy=True)
+        correction = cache.corrector.correction(velocity, cache.sigma, cache.next_sigma, not cache.has_skipped, kind)
+        returned = (returned + correction).to(returned.dtype)
+        result = (returned, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=returned)
+    cache.end_step(latents, returned)
+    return result
 
 
 def is_corrected(scheduler):
-    is_euler = type(scheduler) is CorrectedEulerScheduler and not scheduler.config.get("stochastic_sampling")
-    return CORRECT and is_euler
+    """Whether the latents are: with Euler's method, as diffusers has it."""
+    stock = stock_class(scheduler)
+    is_euler = stock.step is FlowMatchEulerDiscreteScheduler.step and is_from(stock.step, "diffusers")
+    return CORRECT and is_euler and type(scheduler) is not stock
 
 
-def watch(scheduler, cache):
-    """Have Euler's scheduler correct the latents of this generation. Others stay as they are."""
-    if type(scheduler).__name__ == FlowMatchEulerDiscreteScheduler.__name__:
-        scheduler.__class__ = CorrectedEulerScheduler
-        scheduler.teacache = cache
+def watch(scheduler, network):
+    scheduler.__class__ = watched(stock_class(scheduler))
+    scheduler.teacache = weakref.ref(network)
+
+
+def unwatch(scheduler):
+    vars(scheduler).pop("teacache", None)
+    scheduler.__class__ = stock_class(scheduler)
+
+
+def stock_class(instance):
+    """The class that it has without TeaCache."""
+    return getattr(type(instance), "stock_class", type(instance))
 
 
 # ---- switching on and off ----------------------------------------------------
@@ -565,27 +767,24 @@ ATTRIBUTES = "enable_teacache num_steps rel_l1_thresh computed_steps coefficient
 
 
 def apply_teacache(
-    model, num_steps=None, rel_l1_thresh=None, coefficients=None, *, computed_steps=None, scheduler=None, tolerance=None
+    model, num_steps=None, rel_l1_thresh=None, coefficients=None, *, computed_steps=None, scheduler=None
 ):
     """Switch TeaCache on for a pipeline, or for its network alone, before or after offloading is enabled.
 
-    model: with a pipeline, its scheduler tells where a generation begins and which step is running, and skipped steps
-        are corrected, see Corrector. When another scheduler is put in, apply TeaCache again.
-    num_steps: of a generation of a network alone, which begins where the timestep starts over.
+    model: with a pipeline, its scheduler tells where an image begins and which step is running, and skipped steps are
+        corrected, see Corrector. When another scheduler is put in, or a copy of the network, apply TeaCache again.
+    num_steps: of an image by a network alone, which begins where the timestep starts over.
     rel_l1_thresh, computed_steps: at most one; the default is the constants. computed_steps is a number, or a list of
-        steps, numbered as the scheduler's timesteps. Changed attributes hold from the next generation on.
+        steps, numbered as the scheduler's timesteps. Changed attributes hold from the next image on.
     coefficients: of the polynomial for rel_l1_thresh, highest power first.
     scheduler: for a network alone, in a loop of your own that calls its set_timesteps and step.
-    tolerance: is gone.
 
-    A network draws one image (or batch) at a time; threads need a network each. The calls of a step are known by their
-    order: it does not notice calls in changing order, calls on other latents (by a callback, or to warm up within the
-    first step), and prompts that are changed in place. Where a prompt is replaced, the step is computed. After
-    `del pipeline`, `gc.collect()` frees the memory.
+    A network draws one image (or batch) at a time; threads need a network each. Where the prompt, the scale of the LoRA
+    layers or the latents are replaced, the step is computed. Not noticed: weights or prompts that change in place, and
+    calls of the same prompt on the same latents that change their order. After `del pipeline`, `gc.collect()` frees the
+    memory.
     Returns `model`. Raises ValueError for settings or networks that cannot work.
     """
-    if tolerance is not None:
-        raise ValueError("there is no tolerance any more: give computed_steps, say half of the steps")
     network, scheduler = find_network(model), scheduler or getattr(model, "scheduler", None)
     is_alone = network is model and scheduler is None
     if not is_alone and not hasattr(scheduler, "step_index"):
@@ -595,10 +794,15 @@ def apply_teacache(
     check_settings(steps, rel_l1_thresh, computed_steps, coefficients)
     remove_teacache(model)
     slot = find_forward(network, is_stock)
-    if slot is not None:
+    if slot == (network, "forward"):
+        vars(network).pop("forward", None)  # the class has it; hooks may have left it here
+        network.__class__ = cached(type(network))
+    elif slot is not None:
         setattr(*slot, BoundForward(teacache_forward, network))
     elif "enable_teacache" not in vars(network):  # ours is not inside of somebody's wrapper
-        raise ValueError(f"the forward of this {type(network).__name__} was replaced: apply TeaCache before that")
+        raise ValueError(
+            f"the forward of this {type(network).__name__} is not {PACKAGE}'s: apply TeaCache before others"
+        )
     network.enable_teacache = True
     network.num_steps = num_steps
     network.rel_l1_thresh = rel_l1_thresh
@@ -606,21 +810,24 @@ def apply_teacache(
     network.coefficients = coefficients
     network.teacache = TeaCacheState()
     network.teacache_scheduler = scheduler
+    if scheduler is not None:
+        watch(scheduler, network)
     return model
 
 
 def remove_teacache(model):
     """Restore the stock forward and the scheduler, and free the cache. Returns `model`."""
     network = find_network(model)
+    for scheduler in (vars(network).get("teacache_scheduler"), getattr(model, "scheduler", None)):
+        if scheduler is not None:
+            unwatch(scheduler)
     slot = find_forward(network, is_teacache)
+    network.__class__ = stock_class(network)
     if slot == (network, "forward"):
-        del network.forward  # the class has it
+        vars(network).pop("forward", None)
     elif slot is not None:
         setattr(*slot, MethodType(type(network).forward, network))
     is_wrapped = slot is None and {"enable_teacache", "forward"} <= set(vars(network))  # somebody's wrapper has ours
-    scheduler = vars(network).get("teacache_scheduler")
-    if scheduler is not None and vars(scheduler).pop("teacache", None) is not None:
-        scheduler.__class__ = FlowMatchEulerDiscreteScheduler
     for name in ATTRIBUTES:
         vars(network).pop(name, None)
     if is_wrapped or getattr(network, "enable_teacache", False):  # or its class has it on
@@ -628,8 +835,23 @@ def remove_teacache(model):
     return model
 
 
+@functools.cache
+def cached(stock):
+    """A network's class, with `teacache_forward`. It has the stock name, and copies and pickles keep it."""
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "stock_class": stock}
+    return type(stock.__name__, (stock,), {"forward": teacache_forward, "__reduce_ex__": reduce_network, **names})
+
+
+def reduce_network(network, protocol):
+    return new_network, (stock_class(network),), vars(network)
+
+
+def new_network(stock):
+    return object.__new__(cached(stock))
+
+
 class BoundForward(functools.partial):
-    """`teacache_forward` of one network. Unlike a bound method it can be pickled."""
+    """`teacache_forward` of one network, within hooks. Unlike a bound method it can be pickled."""
 
     def __get__(self, instance, owner=None):
         return self  # others, who take it for a bound method, bind it again
@@ -658,14 +880,20 @@ def find_forward(module, is_wanted):
 
 
 def is_stock(forward):
-    """Whether it is the forward of its module's class, bound to the module."""
-    module = getattr(forward, "__self__", None)
-    return module is not None and forward.__func__ in [vars(cls).get("forward") for cls in type(module).__mro__]
+    """Whether it is a forward that ours replaces: of the stock package, or ours on the class."""
+    function = getattr(forward, "__func__", None)  # bound to its module
+    return function is not None and (is_from(function, PACKAGE) or is_teacache(forward))
 
 
 def is_teacache(forward):
     """By name: this module may have been reloaded, or imported under two names."""
-    return getattr(getattr(forward, "func", None), "__name__", None) == teacache_forward.__name__
+    function = getattr(forward, "func", None) or getattr(forward, "__func__", None)
+    return getattr(function, "__name__", None) == teacache_forward.__name__
+
+
+def is_from(function, package):
+    """Whether a package defines a function. `functools.wraps` copies its names, but not its globals."""
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0] == package
 
 
 def check_plan(plan, num_steps=None):
