@@ -366,6 +366,8 @@ class TeaCacheState:
             self.previous_modulated_input = None
             for branch in self.branches_before:
                 branch.empty()
+            if self.timesteps is None:
+                self.free()
         return self
 
     def end_step(self, latents, returned):
@@ -606,7 +608,10 @@ def follow(model, cache, scheduler, sigma, latents, conditioning):
     sigmas = (timesteps.cpu().double() / scheduler.config.num_train_timesteps).tolist()
     step = np.abs(np.array(sigmas) - sigma.item()).argmin().item() if index is None else index
     watch(scheduler, model)
-    return new_generation(model, sigmas, step, timesteps).begin_step(step, sigmas[step], index, sigma, latents)
+    anew = new_generation(model, sigmas, step, timesteps)
+    if cache.timesteps is timesteps and index == cache.step + 1:  # the loop goes on, with other latents
+        anew.schedule = cache.schedule
+    return anew.begin_step(step, sigmas[step], index, sigma, latents)
 
 
 def count_steps(model, cache, sigma, latents, conditioning):
@@ -637,13 +642,11 @@ def count_only(cache, sigma, why, timesteps=None):
 def new_generation(model, sigmas, first=0, timesteps=None):
     """With the settings of the model, else of its class, else the constants. first: the step that it begins with."""
     rel_l1_thresh, plan = getattr(model, "rel_l1_thresh", None), getattr(model, "computed_steps", None)
-    if rel_l1_thresh is None and plan is None:
-        rel_l1_thresh, plan = REL_L1_THRESH, COMPUTED_STEPS
-    if rel_l1_thresh and plan is not None:
-        raise ValueError("rel_l1_thresh and computed_steps are both set: set the one that is not wanted to None")
     if rel_l1_thresh == 0:
         plan = None  # nothing is skipped
-    elif plan is not None and np.ndim(plan) == 0:
+    elif rel_l1_thresh is None and plan is None:
+        rel_l1_thresh, plan = REL_L1_THRESH, COMPUTED_STEPS
+    if plan is not None and np.ndim(plan) == 0:
         plan = [first + step for step in choose_steps(sigmas[first:], int(plan))]
     elif plan is not None:
         check_plan(plan, len(sigmas))
