@@ -28,7 +28,7 @@ else:
     import teacache_lumina2
 
 OUTPUT = Path("teacache_lumina2_compare.png")
-PROMPTS = [teacache_lumina2.PROMPT, "red frog", "face"]  # easy; new to the bundled model; open
+PROMPTS = [teacache_lumina2.PROMPT, "green car", "flag"]  # easy; new to the bundled model; open
 THRESHOLDS = [teacache_lumina2.REL_L1_THRESH]
 BUDGETS = [(15, None), (15, 15), (10, None), (8, None)]  # those that fit
 UNCACHED = {"rel_l1_thresh": 0.0, "computed_steps": None}

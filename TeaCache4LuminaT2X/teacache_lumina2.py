@@ -758,8 +758,6 @@ def check_args(args):
             raise ValueError(f"no CUDA GPU for the real model, no bundled one: give --model, {MODEL} or a small one")
         print(f"No CUDA GPU: using the bundled emoji model. For the real one: --model {MODEL}")
         args.model, args.device = str(BUNDLED_MODEL), "cpu"
-    if args.device == "cpu":
-        args.offload = "none"  # the weights are in CPU memory
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
 
 
@@ -821,7 +819,7 @@ def load_pipeline(args):
     # for block in pipeline.transformer.layers: block.compile()
     # pipeline.vae.enable_slicing()  # decodes a batch image by image
     # pipeline.vae.enable_tiling(); pipeline.vae.tile_sample_min_size, pipeline.vae.tile_latent_min_size = 512, 64
-    if args.offload == "none":
+    if args.offload == "none" or args.device == "cpu":  # there the weights are in CPU memory
         return pipeline.to(args.device)
     getattr(pipeline, f"enable_{args.offload}_cpu_offload")(device=args.device)
     return pipeline
