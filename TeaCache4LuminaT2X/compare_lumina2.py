@@ -3,9 +3,10 @@
     python compare_lumina2.py                                   # the default columns for three prompts
     python compare_lumina2.py --rel-l1-thresh 0.1 0.2 0.3 --computed-steps 15 15/100 0,10,17,21,24,26,28,29
 
-PSNR is against the original, the uncached image of the same model, dtype and seed. Seconds are the median of --repeats
-runs, in turns: each column once, then each again, so that a machine that becomes slower does so for all. Both files are
-written anew after each new image, so that an interruption loses one. Takes the flags of teacache_lumina2.py as well.
+PSNR is against the original, the uncached image of the same model, dtype and seed. The columns take turns, --repeats
+times, so that a machine that becomes slower does so for all: seconds and speedup are the medians of the turns. Both
+files are written anew after each new image, so that an interruption loses one. Takes the flags of teacache_lumina2.py
+as well.
 """
 
 import itertools
@@ -160,7 +161,7 @@ def compare(args, keep=lambda rows: None):
                 entry["psnr"] = psnr(image, original)
             for (_, entry), times in zip(row, seconds):
                 entry["seconds"] = statistics.median(times)
-                entry["speedup"] = row[0][1]["seconds"] / entry["seconds"]
+                entry["speedup"] = statistics.median(base / took for base, took in zip(seconds[0], times))
             if run == 0 or c == len(seconds) - 1:
                 keep(rows)
     return rows

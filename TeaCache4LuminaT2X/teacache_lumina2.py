@@ -675,11 +675,8 @@ COMFYUI_PREFIX = "model.diffusion_model."  # of the names of weights in single f
 
 
 def utf8_text(text):
-    """The type of a prompt: what a terminal of another encoding passes cannot be encoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 text") from None
+    """The type of a prompt. Raises ValueError for what a terminal of another encoding passes."""
+    text.encode()
     return text
 
 
@@ -807,8 +804,8 @@ def load_transformer(file, model, **options):
 def load_pipeline(args):
     warnings.simplefilter("ignore", FutureWarning)  # of diffusers, whose oldest version knows only torch_dtype
     kind = Lumina2Pipeline.load_config(args.model)["_class_name"]
-    kind = kind[-1] if isinstance(kind, list) else kind  # of a pipeline with code of its own: [module, class]
-    if not kind.startswith("Lumina2"):  # others may load for minutes, as they have parts of the same names
+    # others may load for minutes, as they have parts of the same names; a list names code of the model's own
+    if not str(kind).startswith("Lumina2"):
         raise ValueError(f"{args.model} is a {kind}: give a Lumina2Pipeline, such as {MODEL}")
     options = {"torch_dtype": getattr(torch, args.dtype)}
     if args.transformer:

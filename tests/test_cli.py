@@ -158,8 +158,14 @@ SEEN = {
     "negative width": (["--width", "-16"], "must be multiples of 16, not -16"),
     "a seed of 20 digits": (["--seed", "99999999999999999999"], "--seed must be a number of 64 bits"),
     "1e23": (["--seed", str(10**23)], "--seed must be a number of 64 bits"),
-    "a prompt in latin-1": (["--prompt", os.fsdecode("café".encode("latin-1"))], r"'caf\udce9' is not UTF-8 text"),
-    "a negative one": (["--negative-prompt", os.fsdecode("é".encode("latin-1"))], r"'\udce9' is not UTF-8 text"),
+    "a prompt in latin-1": (
+        ["--prompt", os.fsdecode("café".encode("latin-1"))],
+        r"--prompt: invalid utf8_text value: 'caf\udce9'",
+    ),
+    "a negative one": (
+        ["--negative-prompt", os.fsdecode("é".encode("latin-1"))],
+        r"--negative-prompt: invalid utf8_text value: '\udce9'",
+    ),
     "output without a folder": (["--output", "no/picture.png"], "No such file or directory"),
     "output with a long name": (["--output", 252 * "x" + ".png"], "File name too long"),
     "output of no kind": (["--output", "picture.txt"], "must end in .png"),
@@ -172,7 +178,7 @@ UNSEEN = {  # until the model is loaded, or runs
     "no such folder": (["--model", "./none"], "none"),
     "an empty folder": (["--model", "./empty"], "empty"),
     "another pipeline": (["--model", "./flux"], "is a FluxPipeline: give a Lumina2Pipeline"),
-    "a pipeline with code of its own": (["--model", "./custom"], "is a MyPipeline: give a Lumina2Pipeline"),
+    "a pipeline with code of its own": (["--model", "./custom"], "is a ['pipeline', 'Lumina2MyPipeline']: give a"),
     "no class at all": (["--model", "./nothing"], "_class_name"),
     "a broken folder": (["--model", "./broken"], "broken"),
     "half a transformer": (["--transformer", "half.safetensors"], "half.safetensors"),
@@ -189,7 +195,7 @@ UNSEEN = {  # until the model is loaded, or runs
 INDICES = {
     "empty": None,
     "flux": '{"_class_name": "FluxPipeline"}',
-    "custom": '{"_class_name": ["pipeline", "MyPipeline"]}',
+    "custom": '{"_class_name": ["pipeline", "Lumina2MyPipeline"]}',
     "nothing": "{}",
     "broken": "version https://",
 }

@@ -156,7 +156,7 @@ def fake(monkeypatch):
 
 
 def test_columns_take_turns(fake, tmp_path, monkeypatch):
-    """Three times by default; seconds are the median, the picture is the first. Kept after each picture and each turn."""
+    """Three times by default; seconds and speedup are the medians, the picture is the first. Kept after each picture and each turn."""
     fake.seconds = [9, 2, 1, 7, 5, 1, 3]
     kept = []
     keep = lambda args, rows: kept.append([[dict(entry) for _, entry in row] for row in rows])  # noqa: E731
@@ -167,7 +167,7 @@ def test_columns_take_turns(fake, tmp_path, monkeypatch):
     assert fake.bars == ["warm-up", *turns]
     assert [[len(row) for row in rows] for rows in kept] == [[1], [2], [2], [2]]
     ((base, entry),) = kept[-1]
-    assert (base["seconds"], entry["seconds"], entry["speedup"]) == (2, 3, 2 / 3)
+    assert (base["seconds"], entry["seconds"], entry["speedup"]) == (2, 3, 7 / 5)
     assert fake.limits == [(0.0, None)] * 7
 
 
