@@ -155,7 +155,7 @@ def compare(args, keep=lambda rows: None):
             if run == 0:
                 row.append((image, {"prompt": prompt, **column, "computed": sum(schedule)}))
                 entry, original = row[-1][1], row[0][0]
-                entry["steps"] = [i for i, computed in enumerate(schedule) if computed]
+                entry["steps"] = ",".join(str(i) for i, computed in enumerate(schedule) if computed)
                 # what the first step measured, to choose the others by
                 entry["decided"] = getattr(pipeline.transformer.teacache, "decided", None)
                 entry["psnr"] = psnr(image, original)
@@ -201,7 +201,7 @@ def table(rows):
         for _, entry in row:
             if entry["computed"] < entry["num_inference_steps"]:
                 decided = "" if entry["decided"] is None else f"  (measured at the first step: {entry['decided']:.2f})"
-                yield f"- {name(entry)}: {','.join(map(str, entry['steps']))}{decided}"
+                yield f"- {name(entry)}: {entry['steps']}{decided}"
 
 
 def main(argv=None):

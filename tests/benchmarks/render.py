@@ -246,7 +246,7 @@ def compared(run, steps):
     limits = {name: run[name] for name in ("rel_l1_thresh", "computed_steps") if run.get(name) is not None}
     name = ", ".join(f"`{name}` {value}" for name, value in limits.items()) if any(limits.values()) else "original"
     if run.get("computed_steps") == steps:
-        name = f"{steps} plain steps"
+        name = f"{steps} steps, no cache"
     quality = "" if run["psnr"] is None else f"{run['psnr']:.1f} dB"
     return [name, f"{run['seconds']:.2f} s", f"{run['speedup']:.2f}x", f"{run['computed']} of {steps}", quality]
 
