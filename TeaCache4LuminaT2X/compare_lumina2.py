@@ -134,6 +134,13 @@ def check_size(args, image):
         raise ValueError(f"--output {args.output}: the strip has {size[0]} x {size[1]} pixels, so it must be a .png")
 
 
+def describe(prompt, column, schedule, cache):
+    """What is known of an image without looking at it."""
+    steps = ",".join(str(i) for i, computed in enumerate(schedule) if computed)  # as --computed-steps takes them
+    decided = getattr(cache, "decided", None)  # what the first step measured, to choose the others by
+    return {"prompt": prompt, **column, "computed": sum(schedule), "steps": steps, "decided": decided}
+
+
 def compare(args, keep=lambda rows: None):
     """Draw and time all columns for all prompts: rows of (PIL image, entry), which `keep` gets after each image."""
     pipeline, rows = teacache_lumina2.load_pipeline(args), []
@@ -153,12 +160,9 @@ def compare(args, keep=lambda rows: None):
             image, took, schedule = draw(label, prompt=prompt, **settings)
             seconds[c].append(took)
             if run == 0:
-                row.append((image, {"prompt": prompt, **column, "computed": sum(schedule)}))
-                entry, original = row[-1][1], row[0][0]
-                entry["steps"] = ",".join(str(i) for i, computed in enumerate(schedule) if computed)
-                # what the first step measured, to choose the others by
-                entry["decided"] = getattr(pipeline.transformer.teacache, "decided", None)
-                entry["psnr"] = psnr(image, original)
+                entry = describe(prompt, column, schedule, pipeline.transformer.teacache)
+                row.append((image, entry))
+                entry["psnr"] = psnr(image, row[0][0])
             for (_, entry), times in zip(row, seconds):
                 entry["seconds"] = statistics.median(times)
                 entry["speedup"] = statistics.median(base / took for base, took in zip(seconds[0], times))
