@@ -7,11 +7,13 @@ Blank lines do not count. Each line is drawn as teacache_lumina2.py draws it, wi
 gets --seed + 1, and so on. The name of an image ends in a digest of its prompt, seed, settings and model, which the PNG
 stores as well. So lines can be added and moved, and other settings make other images beside the first ones.
 
-Rerun the command to resume: an image that is complete is skipped. A local model counts as another one when the size or
-the time of a file in it has changed; a model of the Hub is known by its name only. Takes the flags of
-teacache_lumina2.py as well.
+Rerun the command to resume: an image that is complete is skipped. One that fails is reported, and the next one is
+drawn; where an image cannot be saved (a full disk, a folder that is gone), the batch ends. A local model counts as
+another one when the size or the time of a file in it has changed; a model of the Hub is known by its name only. Takes
+the flags of teacache_lumina2.py as well.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -19,13 +21,11 @@ import re
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections import Counter
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
@@ -43,6 +43,7 @@ def build_parser():
     parser = teacache_lumina2.build_parser()
     add = parser.add_argument
     add("prompts", metavar="FILE", help="UTF-8 text, one prompt per line")
+    add("--prompt", help=argparse.SUPPRESS)  # refused
     add("--output-dir", "--output", dest="output_dir", type=Path, default=Path("teacache_lumina2_images"))
     add("--attention", choices=["flash"], help="flash: flash-attn, without padding; see attention_lumina2.py")
     return parser
@@ -53,7 +54,9 @@ def read_prompts(file):
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8, one prompt per line") from None
+        text = "\0"
+    if "\0" in text:  # UTF-16 may decode, but not without these
+        raise ValueError(f"{file} is not UTF-8 text: save it as UTF-8, one prompt per line")
     prompts = [line.strip() for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"{file} is empty; expected one prompt per line")
@@ -68,6 +71,7 @@ def find_jobs(args):
     jobs, earlier = {}, Counter()
     for prompt in read_prompts(args.prompts):
         job = {"prompt": prompt, "seed": args.seed + earlier[prompt], **settings}
+        teacache_lumina2.check_seed(job["seed"])
         jobs[args.output_dir / file_name(job)] = job
         earlier[prompt] += 1
     return jobs
@@ -132,7 +136,7 @@ def find_flash_attention(args):
 def draw(pipeline, args, path, job):
     """One image, with its prompt, seed and settings in it."""
     settings = {**vars(args), "prompt": job["prompt"], "seed": job["seed"]}
-    image, _, _ = teacache_lumina2.generate(pipeline, Namespace(**settings))
+    image, _, _ = teacache_lumina2.generate(pipeline, argparse.Namespace(**settings))
     info = PngInfo()
     info.add_text("teacache", json.dumps(job))
     with teacache_lumina2.complete_file(path) as draft:
@@ -148,10 +152,25 @@ def load_pipeline(args, state):
     return pipeline
 
 
+def draw_all(pipeline, args, jobs, state):
+    """Those of this process. Returns early where images cannot be kept: the next one would be lost as well."""
+    with state.split_between_processes(jobs) as mine:
+        for path, job in tqdm(mine, unit="image", disable=not state.is_main_process):
+            try:
+                draw(pipeline, args, path, job)
+            except Exception as error:
+                print(f"{path} failed: {teacache_lumina2.one_line(error)}", file=sys.stderr)
+                pipeline.maybe_free_model_hooks()
+                if isinstance(error, OSError):
+                    return
+
+
 def main(argv=None):
-    parser, failed = build_parser(), []
+    parser = build_parser()
     args = parser.parse_args(argv)
     with teacache_lumina2.one_line_errors(parser):
+        if args.prompt is not None:
+            raise ValueError("--prompt is not for a batch: its prompts are the lines of FILE")
         teacache_lumina2.check_args(args)
         jobs = find_jobs(args)
         if args.attention:
@@ -161,20 +180,14 @@ def main(argv=None):
         state = PartialState(cpu=not torch.cuda.is_available())
         state.wait_for_everyone()  # all processes have listed which images are missing
         pipeline = load_pipeline(args, state) if missing else None
-    with state.split_between_processes(missing) as mine:
-        for path, job in tqdm(mine, unit="image", disable=not state.is_main_process):
-            try:
-                draw(pipeline, args, path, job)
-            except Exception as error:
-                failed.append(str(path))
-                pipeline.maybe_free_model_hooks()
-                print(f"{path} failed: {type(error).__name__}: {error}", file=sys.stderr)
-    failed = gather_object(failed)
-    if state.is_main_process:
-        print(f"{len(jobs) - len(set(failed))} of {len(jobs)} images are in {args.output_dir}", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # what was drawn is kept, and counted
+        draw_all(pipeline, args, missing, state)
     state.wait_for_everyone()
+    done = sum(map(is_done, jobs))
+    if state.is_main_process:
+        teacache_lumina2.say(f"{done} of {len(jobs)} images are in {args.output_dir}")
     state.destroy_process_group()
-    sys.exit(bool(failed))
+    sys.exit(done < len(jobs))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
 """Compare TeaCache settings for Lumina-Image-2.0: one strip of images, a JSON file beside it, and a Markdown table.
 
-    python compare_lumina2.py                                   # an easy prompt and a hard one, many and few passes
-    python compare_lumina2.py --rel-l1-thresh 0.1 0.2 0.3 --computed-steps 15 15/100
+    python compare_lumina2.py                                   # the default columns for three prompts
+    python compare_lumina2.py --rel-l1-thresh 0.1 0.2 0.3 --computed-steps 15 15/100 0,10,17,21,24,26,28,29
 
-Each image is compared with the original, which is not cached. Seconds are the median of --repeats runs. Both files are
-written anew after each image, so that an interruption loses one. Takes the flags of teacache_lumina2.py as well.
+PSNR is against the original, the uncached image of the same model, dtype and seed. The columns take turns, --repeats
+times, so that a machine that becomes slower does so for all: seconds and speedup are the medians of the turns. Both
+files are written anew after each new image, so that an interruption loses one. Takes the flags of teacache_lumina2.py
+as well.
 """
 
+import itertools
 import json
 import math
 import os
 import platform
 import statistics
-import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from pathlib import Path
 
 import diffusers
@@ -27,25 +29,25 @@ else:
     import teacache_lumina2
 
 OUTPUT = Path("teacache_lumina2_compare.png")
-PROMPTS = [teacache_lumina2.PROMPT, "penguin with umbrella"]
-THRESHOLDS = [0.3]
-BUDGETS = [(15, None), (15, 15), (10, None)]  # (computed steps, all steps; None: --num-inference-steps), those that fit
+PROMPTS = [teacache_lumina2.PROMPT, "green car", "flag"]  # easy; new to the bundled model; open
+THRESHOLDS = [teacache_lumina2.REL_L1_THRESH]
+BUDGETS = [(15, None), (15, 15), (10, None), (8, None)]  # those that fit
+UNCACHED = {"rel_l1_thresh": 0.0, "computed_steps": None}
 
 
 def budget(text):
-    """(computed steps, all steps) of "15/100", (computed steps, None) of "15"."""
-    computed, _, steps = text.partition("/")
-    if not computed.isdecimal() or _ and not steps.isdecimal():
-        raise ArgumentTypeError(f"must be like 15 or 15/100, not {text}")
-    return int(computed), int(steps) if steps else None
+    """(computed steps, all steps) of "15/100"; of "15" and "0,4,9" too, None for all steps: --num-inference-steps."""
+    computed, slash, steps = text.partition("/")
+    return teacache_lumina2.number_or_list(computed), int(steps) if slash else None
 
 
 def build_parser():
     parser = teacache_lumina2.build_parser()
     add = parser.add_argument
-    add("--prompt", nargs="+", dest="prompts", default=PROMPTS, help="one row of images each")
+    text = teacache_lumina2.utf8_text
+    add("--prompt", nargs="+", type=text, dest="prompts", default=PROMPTS, help="one row of images each")
     add("--rel-l1-thresh", nargs="*", type=float, dest="thresholds", default=THRESHOLDS, metavar="T")
-    some = {"nargs": "*", "metavar": "K", "help": "such as 15, or 15/100; 8/8: plain steps"}
+    some = {"nargs": "*", "metavar": "K", "help": "such as 15, 15/100 or 0,4,9,15,20,25,29; 8/8: without a cache"}
     add("--computed-steps", type=budget, dest="budgets", **some)
     add("--repeats", type=int, default=3, help="timed runs of each image")
     add("--output", type=Path, help=f"a new file, and .json beside it; default {OUTPUT}, or the next free number")
@@ -57,11 +59,12 @@ def find_columns(args):
     """The settings of each image of a row, the original first. Raises ValueError for what cannot work."""
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1, not {args.repeats}")
+    steps = args.num_inference_steps
     if args.budgets is None:
-        args.budgets = [(k, n) for k, n in BUDGETS if k < args.num_inference_steps]
-    budgets = dict.fromkeys((k, n or args.num_inference_steps) for k, n in args.budgets)
-    columns = [(t, None, args.num_inference_steps) for t in dict.fromkeys([0.0, *args.thresholds])]
-    columns += [(None, k, n) for k, n in budgets]
+        args.budgets = [(k, n) for k, n in BUDGETS if k < steps]
+    columns = [(threshold, None, steps) for threshold in (0.0, *args.thresholds)]
+    columns += [(None, k, n or steps) for k, n in args.budgets]
+    columns = [column for i, column in enumerate(columns) if column not in columns[:i]]
     for threshold, computed_steps, num_steps in columns:
         teacache_lumina2.check_settings(num_steps, threshold, computed_steps)
     return [dict(zip(("rel_l1_thresh", "computed_steps", "num_inference_steps"), column)) for column in columns]
@@ -76,13 +79,15 @@ def psnr(image, reference):
 
 def name(column):
     """Of a setting, in strip, table and progress bar."""
+    computed, steps = column["computed_steps"], column["num_inference_steps"]
     if column["rel_l1_thresh"] is not None:
         return f"threshold {column['rel_l1_thresh']:g}" if column["rel_l1_thresh"] else "original"
-    computed, steps = column["computed_steps"], column["num_inference_steps"]
-    return f"{computed} plain steps" if is_plain(column) else f"{computed} of {steps} steps"
+    if isinstance(computed, list):
+        return f"{len(computed)} of {steps}: {','.join(map(str, computed[:3]))},.."
+    return f"{steps} steps, no cache" if is_uncached(column) else f"{computed} of {steps} steps"
 
 
-def is_plain(column):
+def is_uncached(column):
     """Fewer steps, without a cache."""
     return column["computed_steps"] == column["num_inference_steps"]
 
@@ -94,17 +99,21 @@ def cells(entry):
 
 
 def caption(entry):
-    """The lines of text under an image."""
-    setting, seconds, speedup, computed, quality = cells(entry)
-    return setting, f"{seconds}, {speedup}", f"{computed} computed", f"PSNR {quality}" if quality else ""
+    """The lines of text under an image. No seconds: the table has them, with the machine."""
+    setting, _, _, computed, quality = cells(entry)
+    return setting, f"{computed} computed", f"PSNR {quality}" if quality else "PSNR is against this"
+
+
+def layout(width, height):
+    """Width and height of an image in the strip, the height of a line of text, width and height of a cell."""
+    side = max(width, 192)  # small images are enlarged, for the text to fit
+    tall, line = round(height * side / width), max(16, side // 16)
+    return side, tall, line, side + line, tall + 7 * line
 
 
 def strip(rows):
     """One PIL image from rows of (PIL image, entry), one row for each prompt."""
-    first = rows[0][0][0]
-    side = max(first.width, 192)  # small images are enlarged, for the text to fit
-    tall, line = round(first.height * side / first.width), max(16, side // 16)
-    wide, high = side + line, tall + 8 * line
+    side, tall, line, wide, high = layout(*rows[0][0][0].size)
     page = Image.new("RGB", (wide * len(rows[0]), high * len(rows)), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=0.85 * line)
     for r, row in enumerate(rows):
@@ -116,6 +125,22 @@ def strip(rows):
     return page
 
 
+def check_size(args, image):
+    """Raise ValueError if a strip of images of this size is too large for its format."""
+    *_, wide, high = layout(*image.size)
+    size = wide * len(args.columns), high * len(args.prompts)
+    most = {".webp": 16383, ".jpg": 65500, ".jpeg": 65500}.get(args.output.suffix.lower(), math.inf)
+    if max(size) > most:
+        raise ValueError(f"--output {args.output}: the strip has {size[0]} x {size[1]} pixels, so it must be a .png")
+
+
+def describe(prompt, column, schedule, cache):
+    """What is known of an image without looking at it."""
+    steps = ",".join(str(i) for i, computed in enumerate(schedule) if computed)  # as --computed-steps takes them
+    decided = getattr(cache, "decided", None)  # what the first step measured, to choose the others by
+    return {"prompt": prompt, **column, "computed": sum(schedule), "steps": steps, "decided": decided}
+
+
 def compare(args, keep=lambda rows: None):
     """Draw and time all columns for all prompts: rows of (PIL image, entry), which `keep` gets after each image."""
     pipeline, rows = teacache_lumina2.load_pipeline(args), []
@@ -124,18 +149,25 @@ def compare(args, keep=lambda rows: None):
         pipeline.set_progress_bar_config(desc=label)
         return teacache_lumina2.generate(pipeline, Namespace(**{**vars(args), **settings}))
 
-    draw("warm-up", prompt=args.prompts[0], rel_l1_thresh=0.0, num_inference_steps=2)
+    image, _, _ = draw("warm-up", prompt=args.prompts[0], **UNCACHED, num_inference_steps=2)
+    check_size(args, image)
     for prompt in args.prompts:
-        rows.append([])
-        for column in args.columns:
-            labels = [f"{name(column)}, run {run + 1} of {args.repeats}" for run in range(args.repeats)]
-            plain = {"computed_steps": None, "rel_l1_thresh": 0.0} if is_plain(column) else {}
-            images, seconds, schedules = zip(*[draw(label, prompt=prompt, **{**column, **plain}) for label in labels])
-            entry = {"prompt": prompt, **column, "seconds": statistics.median(seconds), "computed": sum(schedules[0])}
-            rows[-1].append((images[0], entry))
-            original, base = rows[-1][0]
-            entry |= {"speedup": base["seconds"] / entry["seconds"], "psnr": psnr(images[0], original)}
-            keep(rows)
+        row, seconds = [], [[] for _ in args.columns]
+        rows.append(row)
+        for run, (c, column) in itertools.product(range(args.repeats), enumerate(args.columns)):
+            label = f"{name(column)}, run {run + 1} of {args.repeats}"
+            settings = column | UNCACHED if is_uncached(column) else column
+            image, took, schedule = draw(label, prompt=prompt, **settings)
+            seconds[c].append(took)
+            if run == 0:
+                entry = describe(prompt, column, schedule, pipeline.transformer.teacache)
+                row.append((image, entry))
+                entry["psnr"] = psnr(image, row[0][0])
+            for (_, entry), times in zip(row, seconds):
+                entry["seconds"] = statistics.median(times)
+                entry["speedup"] = statistics.median(base / took for base, took in zip(seconds[0], times))
+            if run == 0 or c == len(seconds) - 1:
+                keep(rows)
     return rows
 
 
@@ -159,8 +191,8 @@ def write(args, rows):
 
 
 def table(rows):
-    """The lines of a Markdown table for each prompt."""
-    heading = "setting", "seconds", "speedup", "computed", "PSNR"
+    """For each prompt the lines of a Markdown table, and the steps that were computed."""
+    heading = "setting", "seconds", "speedup", "computed", "PSNR against original"
     for row in rows:
         texts = [heading, *[cells(entry) for _, entry in row]]
         widths = [max(map(len, column)) for column in zip(*texts)]
@@ -169,6 +201,11 @@ def table(rows):
             yield "| " + " | ".join(word.ljust(width) for word, width in zip(text, widths)) + " |"
             if i == 0:
                 yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+        yield ""
+        for _, entry in row:
+            if entry["computed"] < entry["num_inference_steps"]:
+                decided = "" if entry["decided"] is None else f"  (measured at the first step: {entry['decided']:.2f})"
+                yield f"- {name(entry)}: {entry['steps']}{decided}"
 
 
 def main(argv=None):
@@ -181,10 +218,10 @@ def main(argv=None):
         args.columns = find_columns(args)
         rows = compare(args, keep=lambda rows: write(args, rows))
     image, about = rows[0][0][0], machine(args)
-    sys.stdout.reconfigure(errors="replace")  # where a terminal lacks letters of a prompt
-    print(f"saved {args.output} and {args.output.with_suffix('.json')}", *table(rows), sep="\n")
-    print(f"\n{Path(args.model).name}, {image.width} x {image.height}, {args.dtype}, median of {args.repeats}")
-    print(f"{about['machine']}, torch {about['torch']}, diffusers {about['diffusers']}")
+    saved = f"saved {args.output} and {args.output.with_suffix('.json')}"
+    where = f"{Path(args.model).name}, {image.width} x {image.height}, {args.dtype}, median of {args.repeats}"
+    versions = f"{about['machine']}, torch {about['torch']}, diffusers {about['diffusers']}"
+    teacache_lumina2.say("\n".join([saved, *table(rows), "", where, versions]))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import inspect
 import itertools
 import math
 import os
+import sys
 import time
 import warnings
 import weakref
@@ -902,16 +903,29 @@ OUTPUT = Path("teacache_lumina2_output.png")
 COMFYUI_PREFIX = "model.diffusion_model."  # of the names of weights in single files for ComfyUI
 
 
+def utf8_text(text):
+    """The type of a prompt. Raises ValueError for what a terminal of another encoding passes."""
+    text.encode()
+    return text
+
+
+def number_or_list(text):
+    """The type of --computed-steps: 15, or [0, 4, 9] of "0,4,9"."""
+    numbers = [int(number) for number in text.split(",")]
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def build_parser():
     """The flags. Other tools take them from here, and add or replace some."""
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, conflict_handler="resolve")
     add = parser.add_argument
     add("--model", help=f"folder or Hub name; default {MODEL} with a CUDA GPU, else the bundled emoji model")
     add("--transformer", metavar="FILE", help="single-file checkpoint of the transformer, such as Neta Lumina")
-    add("--prompt", default=PROMPT)
-    add("--negative-prompt", default=NEGATIVE_PROMPT)
+    add("--prompt", type=utf8_text, default=PROMPT)
+    add("--negative-prompt", type=utf8_text, default=NEGATIVE_PROMPT)
     add("--rel-l1-thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing")
-    add("--computed-steps", type=int, help="instead of a threshold: number of computed steps")
+    number = "instead of a threshold: number of computed steps, or a list such as 0,4,9,15,20,25,29"
+    add("--computed-steps", type=number_or_list, help=number)
     add("--num-inference-steps", type=int, default=NUM_INFERENCE_STEPS)
     add("--height", type=int, default=HEIGHT)
     add("--width", type=int, default=WIDTH)
@@ -924,13 +938,26 @@ def build_parser():
     return parser
 
 
+def say(text):
+    """Print it, with question marks for letters that the terminal lacks."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"  # a notebook's stdout may have none, or be None
+    print(text.encode(encoding, "replace").decode(encoding), flush=True)
+
+
+def one_line(error):
+    """The kind of an error, and its message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 @contextlib.contextmanager
 def one_line_errors(parser):
-    """What goes wrong within ends the program with one line, whether it was seen in advance or not."""
+    """What goes wrong within, or Ctrl-C, ends the program with one line, whether it was seen in advance or not."""
     try:
         yield
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
-        parser.error(" ".join(f"{type(error).__name__}: {error}".split()))
+    except Exception as error:
+        parser.error(one_line(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
 
 
 def check_args(args):
@@ -942,6 +969,7 @@ def check_args(args):
     for size in (args.height, args.width):
         if size is not None and (size < 16 or size % 16):
             raise ValueError(f"--height and --width must be multiples of 16, not {size}")
+    check_seed(args.seed)
     file = args.transformer or ""
     if file.endswith(".gguf"):
         own_code = "load it in your own code with diffusers' GGUFQuantizationConfig, then apply_teacache(pipeline)"
@@ -957,6 +985,12 @@ def check_args(args):
         print(f"No CUDA GPU: using the bundled emoji model. For the real one: --model {MODEL}")
         args.model, args.device = str(BUNDLED_MODEL), "cpu"
     args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+
+
+def check_seed(seed):
+    """Raise ValueError for what torch does not take."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"--seed must be a number of 64 bits, not {seed}")
 
 
 def check_output(picture, *beside):
@@ -999,7 +1033,8 @@ def load_transformer(file, model, **options):
 def load_pipeline(args):
     warnings.simplefilter("ignore", FutureWarning)  # of diffusers, whose oldest version knows only torch_dtype
     kind = Lumina2Pipeline.load_config(args.model)["_class_name"]
-    if not kind.startswith("Lumina2"):  # others may load for minutes, as they have parts of the same names
+    # others may load for minutes, as they have parts of the same names; a list names code of the model's own
+    if not str(kind).startswith("Lumina2"):
         raise ValueError(f"{args.model} is a {kind}: give a Lumina2Pipeline, such as {MODEL}")
     options = {"torch_dtype": getattr(torch, args.dtype)}
     if args.transformer:
@@ -1010,7 +1045,7 @@ def load_pipeline(args):
     # for block in pipeline.transformer.layers: block.compile()
     # pipeline.vae.enable_slicing()  # decodes a batch image by image
     # pipeline.vae.enable_tiling(); pipeline.vae.tile_sample_min_size, pipeline.vae.tile_latent_min_size = 512, 64
-    if args.offload == "none":
+    if args.offload == "none" or args.device == "cpu":  # there the weights are in CPU memory
         return pipeline.to(args.device)
     getattr(pipeline, f"enable_{args.offload}_cpu_offload")(device=args.device)
     return pipeline
@@ -1043,7 +1078,7 @@ def main(argv=None):
     if False in schedule and is_corrected(pipeline.scheduler):
         setting += ", corrected"
     steps = f"{sum(schedule)} of {len(schedule)} steps computed ({setting})"
-    print(f"saved {output}: {seconds:.1f} s, {steps}, seed {args.seed}")
+    say(f"saved {output}: {seconds:.1f} s, {steps}, seed {args.seed}")
 
 
 if __name__ == "__main__":

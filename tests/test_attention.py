@@ -67,14 +67,6 @@ def test_it_is_the_stock_attention(lengths, dtype, rtol):
     assert ends in [bounds for *_, bounds in flash.calls]
 
 
-def test_without_padding_bit_for_bit():
-    """One sequence through the same function: nothing but the order of the tokens is left to differ."""
-    model, cond = grouped_model(), conditioning([5])
-    stock = denoise(model, cond, steps=2)[0]
-    use_flash_attention(model, Reference())
-    assert close(denoise(model, cond, steps=2)[0], stock, 2e-6)
-
-
 @pytest.mark.parametrize("way", [dict(rel_l1_thresh=0.1), dict(computed_steps=4)], ids=str)
 def test_with_teacache(way):
     """Skips and all: the same schedule, and close to what the stock attention gives."""

@@ -1,7 +1,9 @@
-"""The command line of Lumina2: flags, errors of one line, recipes, and a script copied alone."""
+"""The command lines of Lumina2: flags, errors of one line, terminals, Ctrl-C, recipes, and a script copied alone."""
 
+import io
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from conftest import BUNDLED, ROOT, levels
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
 from lumina_models import tiny_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from TeaCache4LuminaT2X import batch_lumina2, compare_lumina2, teacache_lumina2
 from TeaCache4LuminaT2X.teacache_lumina2 import build_parser, check_args, generate, load_pipeline, main
@@ -29,10 +32,13 @@ class Fake:
 
     def __init__(self):
         self.transformer, self.scheduler = tiny_model(num_layers=1), FlowMatchEulerDiscreteScheduler()
-        self.calls = []
+        self.calls, self.interrupted_at = [], None
+        self.set_progress_bar_config = lambda **_: None
 
     def __call__(self, **kwargs):
         self.calls.append(kwargs)
+        if len(self.calls) == self.interrupted_at:
+            raise KeyboardInterrupt
         self.transformer.teacache = SimpleNamespace(schedule=[True, False, True])
         return SimpleNamespace(images=[Image.new("RGB", (32, 16), "red")])
 
@@ -102,7 +108,7 @@ def taking(call, path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=repr)
-def test_what_is_half_written_has_no_name(error, fake, tmp_path, monkeypatch, capsys):
+def test_what_is_half_written_has_no_name(error, fake, tmp_path, monkeypatch):
     """Interrupted or on a full disk: nothing stands under the name of the picture, and no draft is left."""
     path = tmp_path / "x.png"
 
@@ -112,93 +118,95 @@ def test_what_is_half_written_has_no_name(error, fake, tmp_path, monkeypatch, ca
         raise error
 
     monkeypatch.setattr(Image.Image, "save", half)
-    with pytest.raises(SystemExit if isinstance(error, OSError) else KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         main(["--output", str(path)])
     assert not list(tmp_path.iterdir())
-    assert ("No space left" in capsys.readouterr().err) == isinstance(error, OSError)
-
-
-@pytest.mark.parametrize("name, kind", [("A.PNG", "PNG"), ("a.jpeg", "JPEG"), ("a.JPG", "JPEG"), ("a.webp", "WEBP")])
-def test_kinds_of_pictures(fake, tmp_path, name, kind):
-    main(["--output", str(tmp_path / name)])
-    with Image.open(tmp_path / name) as image:
-        assert image.format == kind
 
 
 @pytest.mark.parametrize(
-    "setting", [("--rel-l1-thresh", 0.4, "rel_l1_thresh"), ("--computed-steps", 5, "computed_steps")]
+    "flag, given, value",
+    [("--rel-l1-thresh", "0.4", 0.4), ("--computed-steps", "5", 5), ("--computed-steps", "0,2,7", [0, 2, 7])],
 )
-def test_every_flag_arrives(fake, tmp_path, setting):
-    path, (flag, value, name) = tmp_path / "out.jpg", setting
+def test_every_flag_arrives(fake, tmp_path, flag, given, value):
+    path = tmp_path / ("猫" * 80 + ".jpg")  # a name as long as the file system takes
     flags = "--negative-prompt blue --height 96 --width 160 --guidance-scale 3 --cfg-trunc-ratio 0.5 --seed 5"
     flags += f" --prompt fox --num-inference-steps 8 --dtype bfloat16 --offload model --transformer {WEIGHTS}"
-    main([*MODEL, *flags.split(), flag, str(value), "--output", str(path)])
+    main([*MODEL, *flags.split(), flag, given, "--output", str(path)])
     (call,) = fake.calls
     generator = call.pop("generator")
     assert generator.initial_seed() == 5 and generator.device.type == "cpu"
     sizes = dict(num_inference_steps=8, height=96, width=160, guidance_scale=3.0, cfg_trunc_ratio=0.5)
     assert call == dict(prompt="fox", negative_prompt="blue", **sizes)
-    used = {"rel_l1_thresh": fake.transformer.rel_l1_thresh, "computed_steps": fake.transformer.computed_steps}
-    assert used.pop(name) == value and list(used.values()) == [None]
+    used = {"--rel-l1-thresh": fake.transformer.rel_l1_thresh, "--computed-steps": fake.transformer.computed_steps}
+    assert used.pop(flag) == value and list(used.values()) == [None]
     args = fake.args
     assert (args.dtype, args.offload, args.transformer) == ("bfloat16", "model", WEIGHTS)
     with Image.open(path) as image:
         assert image.size == (32, 16) and image.format == "JPEG"
 
 
+# --- errors ----------------------------------------------------------------------------
+
 SEEN = {
-    "negative threshold": (["--rel-l1-thresh", "-0.1"], "rel_l1_thresh"),
-    "NaN threshold": (["--rel-l1-thresh", "nan"], "rel_l1_thresh"),
-    "no number": (["--rel-l1-thresh", "much"], "much"),
-    "zero steps": (["--num-inference-steps", "0"], "number of steps"),
-    "one computed step": (["--computed-steps", "1"], "computed_steps must be"),
-    "more computed steps than steps": (
-        ["--num-inference-steps", "8", "--computed-steps", "9"],
-        "computed_steps must be",
-    ),
-    "both": (["--computed-steps", "9", "--rel-l1-thresh", "0"], "rel_l1_thresh"),
+    "threshold": (["--rel-l1-thresh", "nan"], "rel_l1_thresh"),
+    "steps": (["--num-inference-steps", "0"], "number of steps"),
+    "computed steps": (["--num-inference-steps", "8", "--computed-steps", "9"], "computed_steps must be"),
+    "a list for other steps": (["--computed-steps", "0,5,9"], "a list for 10 steps, not for 30"),
+    "no list": (["--computed-steps", "0,5,"], "0,5,"),
+    "both": (["--computed-steps", "9", "--rel-l1-thresh", "0"], "not both"),
     "height": (["--height", "100"], "must be multiples of 16, not 100"),
     "negative width": (["--width", "-16"], "must be multiples of 16, not -16"),
-    "no height": (["--height", "0"], "must be multiples of 16, not 0"),
-    "output without a folder": (["--output", "{tmp}/no/picture.png"], "No such file or directory"),
-    "output in a file": (["--output", "{tmp}/flux/model_index.json/picture.png"], "Not a directory"),
-    "output with a long name": (["--output", "{tmp}/" + 252 * "x" + ".png"], "File name too long"),
-    "output of no kind": (["--output", "{tmp}/picture.txt"], "must end in .png"),
-    "output that exists": (["--output", "{tmp}/mine.webp"], "File exists: "),
-    "output that is a folder": (["--output", "{tmp}/folder.png"], "File exists: "),
-    "no transformer": (["--transformer", "{tmp}/none.safetensors"], "none.safetensors: no such file"),
-    "GGUF": (["--transformer", "{tmp}/model.gguf"], "is a GGUF file: give a .safetensors file"),
-    "unknown flag": (["--treshold", "1"], "--treshold"),
-    "unknown dtype": (["--dtype", "int8"], "int8"),
-    "unknown offload": (["--offload", "all"], "all"),
+    "a seed of 20 digits": (["--seed", "99999999999999999999"], "--seed must be a number of 64 bits"),
+    "1e23": (["--seed", str(10**23)], "--seed must be a number of 64 bits"),
+    "a prompt in latin-1": (
+        ["--prompt", os.fsdecode("café".encode("latin-1"))],
+        r"--prompt: invalid utf8_text value: 'caf\udce9'",
+    ),
+    "a negative one": (
+        ["--negative-prompt", os.fsdecode("é".encode("latin-1"))],
+        r"--negative-prompt: invalid utf8_text value: '\udce9'",
+    ),
+    "output without a folder": (["--output", "no/picture.png"], "No such file or directory"),
+    "output with a long name": (["--output", 252 * "x" + ".png"], "File name too long"),
+    "output of no kind": (["--output", "picture.txt"], "must end in .png"),
+    "output that exists": (["--output", "mine.webp"], "File exists: "),
+    "output that is a folder": (["--output", "folder.png"], "File exists: "),
+    "no transformer": (["--transformer", "none.safetensors"], "none.safetensors: no such file"),
+    "GGUF": (["--transformer", "model.gguf"], "is a GGUF file: give a .safetensors file"),
 }
 UNSEEN = {  # until the model is loaded, or runs
-    "no such folder": (["--model", "{tmp}/none"], "none"),
-    "an empty folder": (["--model", "{tmp}/empty"], "empty"),
-    "another pipeline": (["--model", "{tmp}/flux"], "is a FluxPipeline: give a Lumina2Pipeline"),
-    "a broken folder": (["--model", "{tmp}/broken"], "broken"),
-    "half a transformer": (["--transformer", "{tmp}/half.safetensors"], "half.safetensors"),
-    "a pointer of git-lfs": (["--transformer", "{tmp}/pointer.safetensors"], "git-lfs"),
-    "no pickle": (["--transformer", "{tmp}/pointer.ckpt"], "git-lfs"),
-    "GGUF by another name": (["--transformer", "{tmp}/gguf.safetensors"], "gguf.safetensors"),
-    "another network": (["--transformer", "{tmp}/vae.safetensors"], "vae.safetensors does not fit --model"),
-    "some weights": (["--transformer", "{tmp}/some.safetensors"], "some.safetensors does not fit --model"),
-    "an odd shape": (["--transformer", "{tmp}/shape.safetensors"], "x_embedder.weight"),
-    "another width": (["--transformer", "{tmp}/wide.safetensors"], "wide.safetensors does not fit --model"),
-    "names of nobody": (["--transformer", "{tmp}/names.safetensors"], "names.safetensors does not fit --model"),
+    "no such folder": (["--model", "./none"], "none"),
+    "an empty folder": (["--model", "./empty"], "empty"),
+    "another pipeline": (["--model", "./flux"], "is a FluxPipeline: give a Lumina2Pipeline"),
+    "a pipeline with code of its own": (["--model", "./custom"], "is a ['pipeline', 'Lumina2MyPipeline']: give a"),
+    "no class at all": (["--model", "./nothing"], "_class_name"),
+    "a broken folder": (["--model", "./broken"], "broken"),
+    "half a transformer": (["--transformer", "half.safetensors"], "half.safetensors"),
+    "a pointer of git-lfs": (["--transformer", "pointer.safetensors"], "git-lfs"),
+    "no pickle": (["--transformer", "pointer.ckpt"], "git-lfs"),
+    "GGUF by another name": (["--transformer", "gguf.safetensors"], "gguf.safetensors"),
+    "another network": (["--transformer", "vae.safetensors"], "vae.safetensors does not fit --model"),
+    "some weights": (["--transformer", "some.safetensors"], "some.safetensors does not fit --model"),
+    "an odd shape": (["--transformer", "shape.safetensors"], "x_embedder.weight"),
+    "another width": (["--transformer", "wide.safetensors"], "wide.safetensors does not fit --model"),
+    "names of nobody": (["--transformer", "names.safetensors"], "names.safetensors does not fit --model"),
     "beyond the rotary tables": (["--height", "2048", "--width", "128"], "out of bounds"),
-    "a seed of 20 digits": (["--seed", "99999999999999999999"], "verflow"),
+}
+INDICES = {
+    "empty": None,
+    "flux": '{"_class_name": "FluxPipeline"}',
+    "custom": '{"_class_name": ["pipeline", "Lumina2MyPipeline"]}',
+    "nothing": "{}",
+    "broken": "version https://",
 }
 
 
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory):
     """A folder with models, checkpoints and a picture that cannot be used."""
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path_factory.mktemp("bad")
     (folder / "folder.png").mkdir()
-    for name, text in {"empty": None, "flux": '{"_class_name": "FluxPipeline"}', "broken": "version https://"}.items():
+    for name, text in INDICES.items():
         (folder / name).mkdir()
         if text:
             (folder / name / "model_index.json").write_text(text)
@@ -218,14 +226,14 @@ def bad_files(tmp_path_factory):
 
 @pytest.fixture
 def fails(bad_files, capsys, monkeypatch):
-    """Runs the script with flags that cannot work: one line is said, with the word, and no file is written."""
+    """Runs a tool with flags that cannot work: one line is said, with the word, and no file is written."""
 
-    def run(flags, word):
+    def run(flags, word, tool=teacache_lumina2):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         before = sorted(bad_files.rglob("*"))
         monkeypatch.chdir(bad_files)
         with pytest.raises(SystemExit) as exit:
-            main([flag.replace("{tmp}", str(bad_files)) for flag in flags])
+            tool.main(flags)
         lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
         assert exit.value.code == 2 and len(lines) == 1 and word in lines[0]
         assert sorted(bad_files.rglob("*")) == before
@@ -245,36 +253,92 @@ def test_what_cannot_be_seen_before_loading_is_one_line_too(case, fails):
     fails([*FAST, *flags], word)  # the last --model holds
 
 
-def test_a_single_word_of_an_error(fake, monkeypatch, capsys):
-    """A KeyError says no more than its key: its kind is told."""
-    monkeypatch.setattr(teacache_lumina2, "generate", lambda pipeline, args: {}["x_embedder"])
-    with pytest.raises(SystemExit):
-        main(["--output", "x.png"])
-    assert "error: KeyError: 'x_embedder'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (KeyError("x_embedder"), "KeyError: 'x_embedder'"),
+        (
+            RuntimeError("CUDA out of memory.\n  Tried\tto allocate"),
+            "RuntimeError: CUDA out of memory. Tried to allocate",
+        ),
+        (ImportError("no sentencepiece"), "ImportError: no sentencepiece"),
+    ],
+    ids=repr,
+)
+def test_errors_of_any_kind(error, says, fake, fails, monkeypatch):
+    """Of several lines, or of a single word: one line, with the kind."""
+    monkeypatch.setattr(Fake, "__call__", lambda self, **_: (_ for _ in ()).throw(error))
+    fails(["--output", "x.png"], says)
 
 
-def test_an_error_of_several_lines_becomes_one(fake, monkeypatch, capsys):
-    def out_of_memory(pipeline, args):
-        raise RuntimeError("CUDA out of memory.\n  Tried\tto allocate")
-
-    monkeypatch.setattr(teacache_lumina2, "generate", out_of_memory)
-    with pytest.raises(SystemExit):
-        main(["--output", "x.png"])
-    assert "error: RuntimeError: CUDA out of memory. Tried to allocate\n" in capsys.readouterr().err
-
-
-def test_long_names(fake, tmp_path):
-    """As long as the file system takes them."""
-    main(["--output", str(tmp_path / ("x" * 245 + ".png"))])
-    main(["--output", str(tmp_path / ("猫" * 80 + ".png"))])
-    assert len(list(tmp_path.iterdir())) == 2
+@pytest.mark.parametrize("tool", [batch_lumina2, compare_lumina2], ids=lambda tool: tool.__name__)
+def test_tools_have_the_errors_of_the_script(tool, tmp_path, fails, monkeypatch):
+    monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: pytest.fail("loading began"))
+    (tmp_path / "prompts.txt").write_text("fox\nfox\n")
+    flags = [*MODEL, *([str(tmp_path / "prompts.txt")] if tool is batch_lumina2 else [])]
+    for case in ("threshold", "height", "no transformer", "1e23", "a negative one", "a list for other steps"):
+        wrong, says = SEEN[case]
+        fails([*flags, *wrong], says, tool)
 
 
-def test_few_flags(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["--help"])
-    flags = set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.M)) - {"--help"}
-    assert exit.value.code == 0 and len(flags) <= 15 and {"--rel-l1-thresh", "--computed-steps"} <= flags
+# --- terminals -------------------------------------------------------------------------
+
+COMPARE = "--prompt 猫 --computed-steps 2 --repeats 1 --output 猫.png".split()
+TOOLS = {  # its flags; the image that Ctrl-C comes in, and how many files it leaves
+    "script": (teacache_lumina2, ["--output", "猫.png"], 1, 0),
+    "batch": (batch_lumina2, ["prompts.txt", "--output-dir", "猫"], 3, 2),
+    "compare": (compare_lumina2, COMPARE, 3, 2),
+}
+
+
+@pytest.fixture
+def run(fake, tmp_path, monkeypatch):
+    """Runs a tool on the fake pipeline, in an empty folder: exit code, and the files that it left."""
+    fake.maybe_free_model_hooks = lambda: None
+    monkeypatch.chdir(tmp_path)
+
+    def run(tool):
+        module, flags, *_ = TOOLS[tool]
+        (tmp_path / "prompts.txt").write_text("\n".join("abc"), encoding="utf-8")
+        code = 0
+        try:
+            module.main([*flags, *FAST])
+        except SystemExit as exit:
+            code = int(exit.code)
+        except KeyboardInterrupt:
+            pytest.fail("it ends with a traceback")
+        (tmp_path / "prompts.txt").unlink()
+        return code, [path for path in tmp_path.rglob("*") if path.is_file()]
+
+    return run
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("stdout", ["cp1252", "of a notebook", "none"])
+def test_terminals(tool, stdout, run, monkeypatch):
+    """One that lacks a letter, one without `encoding` and `reconfigure`, none: the files are there, what is said too."""
+    terminal = {
+        "cp1252": io.TextIOWrapper(io.BytesIO(), encoding="cp1252"),
+        "of a notebook": io.StringIO(),
+        "none": None,
+    }[stdout]
+    monkeypatch.setattr(sys, "stdout", terminal)
+    code, files = run(tool)
+    assert code == 0 and len(files) == {"script": 1, "batch": 3, "compare": 2}[tool]
+    if terminal is not None:
+        terminal.seek(0)
+        assert ("?" if stdout == "cp1252" else "猫") in terminal.read()
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_ctrl_c(tool, run, fake, capsys):
+    """One line, no traceback; what was drawn before is kept, and no draft."""
+    *_, fake.interrupted_at, kept = TOOLS[tool]
+    code, files = run(tool)
+    out, err = capsys.readouterr()
+    (line,) = [line for line in (out + err).splitlines() if line and "|" not in line]  # without progress bars
+    assert code and len(files) == kept
+    assert ("2 of 3 images are in" if tool == "batch" else "interrupted") in line
 
 
 # --- loading ---------------------------------------------------------------------------
@@ -286,41 +350,84 @@ def draw(pipeline, *flags):
     return np.asarray(image), schedule
 
 
-def test_it_draws_what_the_plain_pipeline_does(pipeline):
-    ours, schedule = draw(load_pipeline(parse_args(FAST)), "--prompt", "red apple")
-    uncached, every = draw(load_pipeline(parse_args(FAST)), "--prompt", "red apple", "--computed-steps", "3")
-    teacache_lumina2.remove_teacache(pipeline.transformer)
+@pytest.fixture
+def plain(pipeline):
+    """The bundled pipeline, as it was afterwards."""
+    yield pipeline
+    teacache_lumina2.remove_teacache(pipeline)
+
+
+def test_it_draws_what_the_plain_pipeline_does(plain):
     generator = torch.Generator().manual_seed(teacache_lumina2.SEED)
-    expected = np.asarray(pipeline("red apple", num_inference_steps=3, generator=generator).images[0])
+    expected = np.asarray(plain("red apple", num_inference_steps=3, generator=generator).images[0])
+    loaded = load_pipeline(parse_args(FAST))
+    ours, schedule = draw(loaded, "--prompt", "red apple")
+    uncached, every = draw(loaded, "--prompt", "red apple", "--computed-steps", "3")
     assert levels(uncached, expected) <= 1 and every == [True] * 3
     assert levels(ours, expected) > 1 and schedule == [True, False, True]
 
 
 @pytest.mark.parametrize("computed, correct, says", [("2", True, ", corrected"), ("2", False, ""), ("3", True, "")])
-def test_the_closing_line_tells_whether_it_was_corrected(computed, correct, says, tmp_path, monkeypatch, capsys):
+def test_the_closing_line_tells_whether_it_was_corrected(computed, correct, says, plain, tmp_path, monkeypatch, capsys):
     """Where steps were skipped, unless it was switched off."""
+    monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: plain)
     monkeypatch.setattr(teacache_lumina2, "CORRECT", correct)
     main([*FAST, "--computed-steps", computed, "--output", str(tmp_path / "x.png")])
     assert f"{computed} of 3 steps computed (computed_steps {computed}{says}), seed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-@pytest.mark.parametrize("name", ["other.safetensors", "other.pth"])
-def test_dtype_and_single_file_transformer(tmp_path, prefix, name):
-    """The checkpoint of the file is what is loaded: alone, or with a prefix beside other models, as for ComfyUI."""
-    from safetensors.torch import load_file, save_file
-
+def test_dtype_and_single_file_transformer(tmp_path):
+    """The checkpoint of the file is what is loaded."""
     weights = load_file(WEIGHTS)
     weights["norm_out.linear_2.weight"] = torch.zeros_like(weights["norm_out.linear_2.weight"])
-    weights = {prefix + key: weight for key, weight in weights.items()}
-    weights |= {"vae.decoder.conv_in.weight": torch.zeros(1)} if prefix else {}
-    (save_file if name.endswith("safetensors") else torch.save)(weights, tmp_path / name)
-    flags = ["--transformer", str(tmp_path / name), "--dtype", "bfloat16"]
+    torch.save(weights, tmp_path / "other.pth")
+    flags = ["--transformer", str(tmp_path / "other.pth"), "--dtype", "bfloat16"]
     pipeline = load_pipeline(parse_args([*FAST, *flags]))
     assert not pipeline.transformer.norm_out.linear_2.weight.any()
-    expected = load_file(WEIGHTS)["x_embedder.weight"].bfloat16()
-    assert torch.equal(pipeline.transformer.x_embedder.weight, expected)
+    assert torch.equal(pipeline.transformer.x_embedder.weight, weights["x_embedder.weight"].bfloat16())
     assert {pipeline.transformer.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.bfloat16}
+
+
+COMFYUI = {  # names in the files for ComfyUI, and in diffusers
+    "t_embedder.mlp.0": "time_caption_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_caption_embed.timestep_embedder.linear_2",
+    "cap_embedder": "time_caption_embed.caption_embedder",
+    "final_layer.adaLN_modulation.1": "norm_out.linear_1",
+    "final_layer.linear": "norm_out.linear_2",
+    "context_refiner.0.attention_norm1": "context_refiner.0.norm1",
+    "adaLN_modulation.1": "norm1.linear",
+    "attention_norm1": "norm1.norm",
+    "attention_norm2": "norm2",
+    "attention.out": "attn.to_out.0",
+    "attention.q_norm": "attn.norm_q",
+    "attention.k_norm": "attn.norm_k",
+    "attention": "attn",
+    "feed_forward.w": "feed_forward.linear_",
+}
+
+
+def test_names_of_comfyui(tmp_path):
+    """The names of weights in a checkpoint of ComfyUI, which has queries, keys and values in one, and other models."""
+    sizes = dict(num_attention_heads=24, num_kv_heads=8, axes_dim_rope=(32, 32, 32), ffn_dim_multiplier=0.001)
+    model = tiny_model(hidden_size=2304, num_layers=1, **sizes).bfloat16()  # the width that diffusers splits at
+    model.save_config(tmp_path / "model" / "transformer")
+    weights = dict(model.state_dict())
+    for name in [name for name in weights if "to_q" in name]:
+        parts = [weights.pop(name.replace("to_q", part)) for part in ("to_q", "to_k", "to_v")]
+        weights[name.replace("to_q", "qkv")] = torch.cat(parts)
+    for theirs, ours in COMFYUI.items():
+        weights = {name.replace(ours, theirs): weight for name, weight in weights.items()}
+    assert {"layers.0.attention.qkv.weight", "layers.0.feed_forward.w1.weight", "cap_embedder.0.weight"} <= set(weights)
+    weights = {f"model.diffusion_model.{name}": weight for name, weight in weights.items()}
+    more = "model.diffusion_model.norm_final.weight vae.decoder.conv_in.weight text_encoders.gemma2_2b.logit_scale"
+    save_file(weights | {name: torch.zeros(1) for name in more.split()}, tmp_path / "lumina_2.safetensors")
+    options = {"torch_dtype": torch.bfloat16}
+    loaded = teacache_lumina2.load_transformer(
+        str(tmp_path / "lumina_2.safetensors"), str(tmp_path / "model"), **options
+    )
+    loaded = loaded.state_dict()
+    assert loaded.keys() == model.state_dict().keys()
+    assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
 
 
 def sequentially(pipeline, device):
@@ -332,12 +439,20 @@ def sequentially(pipeline, device):
 
 
 @pytest.mark.parametrize("offload", ["model", "sequential"])
-def test_offload(pipeline, offload, monkeypatch):
-    """accelerate's hooks, with the CPU as the device that the weights are moved to; the same picture."""
-    monkeypatch.setattr(Lumina2Pipeline, "enable_sequential_cpu_offload", sequentially)
-    expected, schedule = draw(pipeline)
-    teacache_lumina2.remove_teacache(pipeline.transformer)
-    offloaded = load_pipeline(parse_args([*FAST, "--offload", offload]))
+def test_offload(plain, offload, monkeypatch):
+    """For a GPU accelerate's hooks, here with the CPU in its place: the same picture. On a CPU none are needed."""
+    enable = {"model": Lumina2Pipeline.enable_model_cpu_offload, "sequential": sequentially}[offload]
+    devices, name = [], f"enable_{offload}_cpu_offload"
+    monkeypatch.setattr(
+        Lumina2Pipeline, name, lambda self, device: devices.append(device) or enable(self, device="cpu")
+    )
+    args = parse_args([*FAST, "--offload", offload])
+    load_pipeline(args)
+    assert devices == []
+    args.device = "cuda"
+    offloaded = load_pipeline(args)
+    assert devices == ["cuda"]
+    expected, schedule = draw(plain)
     image, ours = draw(offloaded)
     assert levels(image, expected) <= 1 and ours == schedule
     hooked = [m for m in offloaded.transformer.modules() if hasattr(m, "_hf_hook")]
@@ -352,86 +467,54 @@ def recipes():
 
 
 def test_recipes(tmp_path, monkeypatch):
-    """Uncommented, each runs. LoRA changes the picture; compiled blocks, slices and tiles do not."""
+    """Uncommented, each runs, and LoRA changes the picture. Pictures of compiled blocks: test_hooks.py."""
     peft = pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)
     lines, pipeline = recipes(), load_pipeline(parse_args(FAST))
     assert set(lines) == {"lora", "compile", "slicing", "tiling"}
+    compiled = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+        exec(lines["compile"], {"pipeline": pipeline})
+    assert compiled == list(pipeline.transformer.layers)
+
+    vae, (plain, schedule) = pipeline.vae, draw(pipeline)
+    assert {"tile_sample_min_size", "tile_latent_min_size"} <= vars(vae).keys(), "the names that diffusers reads"
+    exec(lines["slicing"], {"pipeline": pipeline})
+    exec(lines["tiling"], {"pipeline": pipeline})
+    assert vae.use_slicing and vae.use_tiling and vae.tile_sample_min_size == 8 * vae.tile_latent_min_size == 512
     donor = load_pipeline(parse_args(FAST)).transformer
     donor.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     layers = peft.get_peft_model_state_dict(donor)
     Lumina2Pipeline.save_lora_weights(tmp_path, transformer_lora_layers=layers, weight_name="style.safetensors")
-
-    expected, schedule = draw(pipeline)
-    with torch.no_grad():
-        exec(lines["slicing"], {"pipeline": pipeline})
-        assert pipeline.vae.use_slicing
-        sizes, latents = [], torch.randn(2, 16, 16, 16)
-        hook = pipeline.vae.decoder.register_forward_hook(lambda m, i, output: sizes.append(tuple(output.shape)))
-        pipeline.vae.decode(latents)
-        assert [size[0] for size in sizes] == [1, 1]
-        exec(lines["tiling"], {"pipeline": pipeline})
-        del sizes[:]
-        large = torch.randn(1, 16, 72, 72)
-        assert pipeline.vae.decode(large).sample.shape == (1, 3, 576, 576)
-        assert len(sizes) == 4 and max(size[-1] for size in sizes) == 512, "tiles of 512 pixels"
-        hook.remove()
-    compiled, compile_ = [], torch.nn.Module.compile
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self) or compile_(self, backend="eager"))
-        exec(lines["compile"], {"pipeline": pipeline})
-    assert compiled == list(pipeline.transformer.layers)
+    exec(lines["lora"], {"pipeline": pipeline})
     image, again = draw(pipeline)
-    assert levels(image, expected) <= 1 and again == schedule
-    torch._dynamo.reset()
-    other = load_pipeline(parse_args(FAST))
-    exec(lines["lora"], {"pipeline": other})
-    image, again = draw(other)
-    assert levels(image, expected) > 1 and again == schedule
+    assert levels(image, plain) > 1 and again == schedule
 
 
-# --- a file copied alone ------------------------------------------------------------------
+# --- files copied alone ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name, arguments, says",
-    [
-        ("teacache", ["--computed-steps", "2", "--output", "x.png"], "saved x.png"),
-        ("compare", ["--computed-steps", "2", "--rel-l1-thresh", "--output", "x.png"], "saved x.png"),
-        ("batch", ["prompts.txt", "--output-dir", "out"], "1 of 1 images are in out"),
-    ],
-)
-def test_a_file_copied_alone(name, arguments, says, tmp_path):
-    """Into an empty folder; a tool with its script beside it."""
-    for file in {"teacache_lumina2.py", f"{name}_lumina2.py"}:
+def test_the_script_copied_alone(tmp_path):
+    """Into an empty folder, it runs."""
+    shutil.copy(FOLDER / "teacache_lumina2.py", tmp_path)
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "teacache_lumina2.py", *FAST, "--output", "x.png"]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert ran.returncode == 0 and "saved x.png" in ran.stdout and (tmp_path / "x.png").is_file(), ran.stderr
+
+
+@pytest.mark.parametrize("name", ["batch", "compare"])
+def test_a_tool_beside_the_script(name, run, fake, tmp_path, monkeypatch):
+    """It imports the copy beside it, not the package."""
+    for file in ("teacache_lumina2.py", f"{name}_lumina2.py"):
         shutil.copy(FOLDER / file, tmp_path)
-    (tmp_path / "prompts.txt").write_text("red apple\n")
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, f"{name}_lumina2.py"]
-    run = subprocess.run([*command, *FAST, *arguments], capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert run.returncode == 0 and says in run.stdout, run.stderr
-    if "x.png" in arguments:
-        with Image.open(tmp_path / "x.png") as image:
-            assert image.width >= 128
-
-
-@pytest.mark.parametrize("tool", [batch_lumina2, compare_lumina2], ids=lambda tool: tool.__name__)
-def test_tools_take_the_flags_of_the_script(tool, tmp_path, monkeypatch, capsys):
-    """And its errors: one line, nothing written."""
-    monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: pytest.fail("loading began"))
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("\n".join("abcdefgh"))
-    files = ["prompts.txt"] if tool is batch_lumina2 else []
-    for flags, says in [
-        (["--height", "100"], "multiples of 16"),
-        (["--num-inference-steps", "0"], "number of steps"),
-        (["--transformer", "nowhere.safetensors"], "no such file"),
-        (["--rel-l1-thresh", "nan"], "rel_l1_thresh"),
-        (["--cfg", "much"], "--cfg"),
-    ]:
-        with pytest.raises(SystemExit) as exit:
-            tool.main([*files, *MODEL, *flags])
-        captured = capsys.readouterr()
-        lines = [line for line in captured.err.splitlines() if "error: " in line]
-        assert exit.value.code == 2 and len(lines) == 1 and says in lines[0]
-    assert [p.name for p in tmp_path.iterdir()] == ["prompts.txt"]
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "teacache_lumina2", raising=False)
+    copied = runpy.run_path(str(tmp_path / f"{name}_lumina2.py"))
+    script = sys.modules.pop("teacache_lumina2")
+    assert copied["teacache_lumina2"] is script and script.__file__ == str(tmp_path / "teacache_lumina2.py")
+    monkeypatch.setattr(script, "load_pipeline", lambda args: fake)
+    monkeypatch.setitem(TOOLS, name, (SimpleNamespace(**copied), *TOOLS[name][1:]))
+    code, files = run(name)
+    assert code == 0 and len([path for path in files if path.suffix in (".png", ".json")]) >= 2

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/lumina2_peers.py     # measures, and writes results/peers.json
     python tests/benchmarks/render.py            # writes the tables into all pages
-    python tests/benchmarks/render.py --check    # writes nothing; fails where a page shows another table
+    python tests/benchmarks/render.py --check    # writes nothing; fails where a page shows other figures
 
 A table stands between two comments, which name one of the functions in TABLES:
 
@@ -10,10 +10,11 @@ A table stands between two comments, which name one of the functions in TABLES:
     | method | ... |
     <!-- end -->
 
-Figures in sentences are typed. tests/test_figures.py looks each up in the tables of its page.
+Figures in sentences are typed, so --check looks up those with a unit, such as 46.2 dB, in the tables of their page.
 """
 
 import argparse
+import itertools
 import json
 import math
 import re
@@ -25,6 +26,9 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 PAGES = "README.md", "TeaCache4LuminaT2X/README.md", "TeaCache4Memo/README.md", "tests/benchmarks/README.md"
+EXPLAINED = {"0.33": 5 * 12 * 768 * 4 * 30 * 60 / 1e9}  # in no table: GB that a minute of voice takes
+UNITS = r"\s?(?:dB|x|s|ms|minutes?|hours?|[KMG]i?B|%)(?!\w)| times| seconds"
+CODE = r"^```.*?^```|<!--.*?-->|^\|[^\n]*$|`[^`\n]*`|\]\([^)]*\)"  # and tables, comments, addresses
 BLOCK = re.compile(r"(<!-- results: ([\w ]+?) -->\n).*?(<!-- end -->)", re.S)
 
 
@@ -242,7 +246,7 @@ def compared(run, steps):
     limits = {name: run[name] for name in ("rel_l1_thresh", "computed_steps") if run.get(name) is not None}
     name = ", ".join(f"`{name}` {value}" for name, value in limits.items()) if any(limits.values()) else "original"
     if run.get("computed_steps") == steps:
-        name = f"{steps} plain steps"
+        name = f"{steps} steps, no cache"
     quality = "" if run["psnr"] is None else f"{run['psnr']:.1f} dB"
     return [name, f"{run['seconds']:.2f} s", f"{run['speedup']:.2f}x", f"{run['computed']} of {steps}", quality]
 
@@ -309,10 +313,16 @@ def render(text, results):
 
 def differences(before, after):
     """Lines that are not as they would be written, for a message."""
-    pairs = zip(before.splitlines(), after.splitlines())
-    return [
-        f"line {i}: {a.strip()[:100]}\n  should be: {b.strip()[:100]}" for i, (a, b) in enumerate(pairs, 1) if a != b
-    ]
+    pairs = itertools.zip_longest(before.splitlines(), after.splitlines(), fillvalue="")
+    return [f"line {i}: {a[:100]}\n  should be: {b[:100]}" for i, (a, b) in enumerate(pairs, 1) if a != b]
+
+
+def not_in_a_table(text):
+    """Lines for a message: figures in the sentences of a page that are in none of its tables."""
+    tables = re.findall(r"\d+\.\d+", "\n".join(re.findall(r"^\|.*$", text, re.M)))
+    known = {*tables, *(figure for figure, value in EXPLAINED.items() if f"{value:.2f}" == figure)}
+    figures = re.findall(rf"(?<![\w.])(\d+\.\d+)(?={UNITS})", re.sub(CODE, " ", text, flags=re.S | re.M))
+    return [f"{figure} is in no table of this page" for figure in figures if figure not in known]
 
 
 def main(argv=None):
@@ -325,9 +335,10 @@ def main(argv=None):
     for page in PAGES:
         before = (args.root / page).read_text(encoding="utf-8")
         after = render(before, results)
-        if before != after and args.check:
-            print(page, *(differences(before, after) or ["another number of lines"]), sep="\n", file=sys.stderr)
-            wrong += 1
+        if args.check:
+            for line in differences(before, after) + not_in_a_table(after):
+                print(f"{page}: {line}", file=sys.stderr)
+                wrong += 1
         elif before != after:
             (args.root / page).write_text(after, encoding="utf-8")
             print(f"wrote {page}")
