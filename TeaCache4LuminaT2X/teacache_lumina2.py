@@ -36,6 +36,7 @@ import inspect
 import itertools
 import math
 import os
+import secrets
 import sys
 import time
 import warnings
@@ -1011,7 +1012,7 @@ def free_name(path):
 @contextlib.contextmanager
 def complete_file(path):
     """`with complete_file(path) as draft`: what is written to `draft` becomes `path`, or is removed after an error."""
-    draft = path.with_name(f".{path.stem[-40:]}.{os.getpid()}.draft{path.suffix}")
+    draft = path.with_name(f".{path.stem[-40:]}.{secrets.token_hex(8)}.draft{path.suffix}")  # nobody else's
     try:
         yield draft
         draft.replace(path)
