@@ -200,16 +200,31 @@ def rescale(change, coefficients):
     return rescaled if rescaled >= 0 or change < 0.1 else math.inf
 
 
-def choose_steps(sigmas, count):
+def measure_decided(outputs):
+    """How much of the image is decided in the first step, 0 to 1. outputs: of its calls, each (batch, ...).
+
+    At noise, the velocity is the noise minus the image that the network expects. The noise has variance 1, and latents have
+    about 1 as well: of a decided image the mean square of the output is 2, where all is open it is 1. The call that
+    knows most counts (that with the prompt), and in a batch the image that knows least.
+    """
+    squares = [output.float().square().flatten(1).mean(dim=1).min() for output in outputs]
+    return min(max(torch.stack(squares).max().item() - 1, 0.0), 1.0)
+
+
+def choose_steps(sigmas, count, decided=0.5):
     """`count` of the steps with these sigmas, the first and the last among them, with the least expected error.
 
-    The error expected of a skipped step is its length times the square of its distance from the last computed one.
-    Distance is three quarters sigma and one quarter number of steps: a scheduler takes short steps where its model
-    needs them. Dynamic programming finds the least sum.
+    The error expected of a skipped step is its length times the square of its distance from the last computed one, and
+    distance is measured as a scheduler of shift t would space its steps: the more is open, the more early ones.
+
+        distance along  1 - s / (s + t (1 - s))        t = 3 ** (1 - 2 decided), at least 1
+
+    Dynamic programming finds the least sum.
     """
     num_steps = len(sigmas)
-    done = 1 - np.array(sigmas) / (sigmas[0] or 1)  # 0 at the first step, 1 at the image
-    position = 0.75 * num_steps * done + 0.25 * np.arange(num_steps)  # in mean steps
+    s = np.array(sigmas) / (sigmas[0] or 1)  # 1 at the first step, 0 at the image
+    t = 3 ** max(1 - 2 * decided, 0)
+    position = num_steps * (1 - s / (s + t * (1 - s)))  # in mean steps
     length = np.diff(position, append=num_steps)
     errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
     costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k
@@ -311,9 +326,11 @@ class TeaCacheState:
     strange loops become slow, never wrong.
     """
 
-    def __init__(self, sigmas=(), plan=None, rel_l1_thresh=0.0, coefficients=None, timesteps=None):
+    def __init__(self, sigmas=(), plan=None, rel_l1_thresh=0.0, coefficients=None, timesteps=None, count=None):
         self.sigmas = sigmas  # of all steps: 1 is noise, 0 the image
         self.plan = plan  # with computed_steps: which they are
+        self.count = count  # with a number of them, which are chosen at the end of the first step
+        self.decided = None  # what it has measured, see measure_decided
         self.rel_l1_thresh = rel_l1_thresh
         self.coefficients = coefficients
         self.timesteps = timesteps  # the scheduler's own tensor; None: a network alone
@@ -359,6 +376,7 @@ class TeaCacheState:
     # ---- steps ----
 
     def begin_step(self, step, sigma, index=None, time=None, latents=None):
+        self.choose_steps()
         self.step, self.sigma, self.index, self.time, self.latents = step, sigma, index, time, latents
         self.branches_before, self.branches = self.branches, []
         self.moved_before, self.moved = self.moved, None
@@ -374,9 +392,19 @@ class TeaCacheState:
 
     def end_step(self, latents, returned):
         """The scheduler's step has made `returned` of the latents."""
+        self.choose_steps()
         self.moved = Moved(latents, returned)
         if self.is_last_step:
             self.free()
+
+    def choose_steps(self):
+        """With a number of computed_steps, once, when the first step has ended."""
+        outputs = [branch.outputs[-1][1] for branch in self.branches if branch.outputs]
+        if self.count is None or not outputs:
+            return
+        self.decided = measure_decided(outputs)
+        chosen = choose_steps(self.sigmas[self.step :], self.count, self.decided)
+        self.plan, self.count = [self.step + step for step in chosen], None
 
     def halt(self, why):
         """Say why nothing is skipped any more. From here on, the steps are only counted."""
@@ -610,7 +638,7 @@ def follow(model, cache, scheduler, sigma, latents, conditioning):
     sigmas = (timesteps.cpu().double() / scheduler.config.num_train_timesteps).tolist()
     step = np.abs(np.array(sigmas) - sigma.item()).argmin().item() if index is None else index
     watch(scheduler, model)
-    anew = new_generation(model, sigmas, step, timesteps)
+    anew = new_generation(model, sigmas, timesteps)
     if cache.timesteps is timesteps and index == cache.step + 1:  # the loop goes on, with other latents
         anew.schedule = cache.schedule
     return anew.begin_step(step, sigmas[step], index, sigma, latents)
@@ -641,21 +669,22 @@ def count_only(cache, sigma, why, timesteps=None):
     return cache if now == cache.sigma else cache.begin_step(cache.step + 1, now)
 
 
-def new_generation(model, sigmas, first=0, timesteps=None):
-    """With the settings of the model, else of its class, else the constants. first: the step that it begins with."""
+def new_generation(model, sigmas, timesteps=None):
+    """With the settings of the model, else of its class, else the constants."""
     rel_l1_thresh, plan = getattr(model, "rel_l1_thresh", None), getattr(model, "computed_steps", None)
     if rel_l1_thresh == 0:
         plan = None  # nothing is skipped
     elif rel_l1_thresh is None and plan is None:
         rel_l1_thresh, plan = REL_L1_THRESH, COMPUTED_STEPS
+    count = None
     if plan is not None and np.ndim(plan) == 0:
-        plan = [first + step for step in choose_steps(sigmas[first:], int(plan))]
+        count, plan = int(plan), range(len(sigmas))  # until they are chosen
     elif plan is not None:
         check_plan(plan, len(sigmas))
         plan = list(plan)  # the caller may change its own
     coefficients = getattr(model, "coefficients", None)
     coefficients = COEFFICIENTS if coefficients is None else coefficients
-    return TeaCacheState(sigmas, plan, rel_l1_thresh or 0.0, coefficients, timesteps)
+    return TeaCacheState(sigmas, plan, rel_l1_thresh or 0.0, coefficients, timesteps, count)
 
 
 # ---- the scheduler: what it makes of the latents, and their correction --------
