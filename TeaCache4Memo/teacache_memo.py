@@ -242,19 +242,20 @@ def measure_decided(outputs):
     return min(max(torch.stack(squares).max().item() - 1, 0.0), 1.0)
 
 
-def choose_steps(sigmas, count, decided=0.5):
+def choose_steps(sigmas, count, decided=1.0):
     """`count` of the steps with these sigmas, the first and the last among them, with the least expected error.
 
-    The error expected of a skipped step is its length times the square of its distance from the last computed one, and
-    distance is measured as a scheduler of shift t would space its steps: the more is open, the more early ones.
+    The error expected of a skipped step is its length times the square of its distance from the last computed one.
+    Both are measured along 1 - s / (s + t (1 - s)), where a scheduler of shift t has evenly spaced steps. If the image is
+    decided, t is 1, and this is sigma; if it is open, the first steps decide it, and t is 3:
 
-        distance along  1 - s / (s + t (1 - s))        t = 3 ** (1 - 2 decided), at least 1
+        t = 3 ** (2 - 5 decided), kept between 1 and 3
 
     Dynamic programming finds the least sum.
     """
     num_steps = len(sigmas)
     s = np.array(sigmas) / (sigmas[0] or 1)  # 1 at the first step, 0 at the image
-    t = 3 ** max(1 - 2 * decided, 0)
+    t = 3 ** min(max(2 - 5 * decided, 0), 1)
     position = num_steps * (1 - s / (s + t * (1 - s)))  # in mean steps
     length = np.diff(position, append=num_steps)
     errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
