@@ -19,8 +19,9 @@ velocity is extrapolated from the last computed ones, v0, v1 and v2 at sigma s0,
 r = <d1, d2> / <d1, d1>, limited to 0..1, is how much of the slope d1 is left in d2: one number for each call and image.
 Where the slope turns or shrinks, it is followed less far. Until three velocities are known, the last one is held.
 
-The first and the last step are always computed. With a pipeline, the latents are corrected afterwards for what skipped
-steps got wrong, as soon as the next computed step shows it: see Corrector.
+The first and the last step are always computed. With a number, the first step measures how much of the image is decided:
+the more is open, the more early steps are chosen (see choose_steps). With a pipeline, the latents are corrected
+afterwards for what skipped steps got wrong, as soon as the next computed step shows it (see Corrector).
 
     python teacache_memo.py --input_image face.jpg --input_audio speech.wav  # or edit the constants below
 
