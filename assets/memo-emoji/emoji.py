@@ -47,7 +47,7 @@ def preprocess_audio(
     **ignored,
 ):
     """Features (frames, 5, blocks, channels) of a 16 kHz wav and the number of frames, filled up to whole clips."""
-    if is_example(wav_path) and fps == FPS:  # the features that it was prepared with, whatever transformers is installed
+    if is_example(wav_path) and fps == FPS:  # the features that it was prepared with, by any transformers
         audio_emb = load_file(HERE / "example.safetensors")["audio_emb"]
     else:
         audio_emb = hear(wav_path, fps, num_generated_frames_per_clip)
