@@ -56,7 +56,7 @@ def content(file):
 
 def weights_of(config):
     """Names, sizes and times of the files of the model, if they are in a folder. A name on the Hub stands for itself."""
-    folders = [Path(config[name]) for name in ("model_name_or_path", "vae", "wav2vec")]
+    folders = [Path(name) for name in (config.model_name_or_path, config.vae, config.wav2vec)]
     files = [file for folder in folders for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin")]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
 

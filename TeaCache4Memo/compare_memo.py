@@ -93,26 +93,26 @@ def generate_all(pipeline, *args, **options):
 
 def compare(parts, settings, repeats=1):
     """Make and time all panels; parts: the first arguments of `generate`. Returns the videos and their entries."""
-    steps = parts[3].inference_steps
+    *_, config, _ = parts
     generate_all(*parts, rel_l1_thresh=0.0, clips=1, progress=False)  # warm-up
-    videos, entries = [], []
+    videos, entries, seconds = [], [], [[] for _ in settings]
     try:
-        for i in range(repeats):  # one of each in turn: a machine that slows down slows all of them down
+        for run in range(repeats):  # one of each in turn: a machine that slows down slows all of them down
             for panel, setting in enumerate(settings):
-                print(f"{name_panel(setting)}, {i + 1} of {repeats}:", file=sys.stderr)
-                frames, seconds, schedule = generate_all(*parts, **setting)
-                if i == 0:
+                print(f"{name_panel(setting)}:", file=sys.stderr)
+                frames, took, schedule = generate_all(*parts, **setting)
+                seconds[panel].append(took)
+                if run == 0:
                     videos.append(frames)
-                    first_clip = [step for step, computed in enumerate(schedule[:steps]) if computed]
-                    entry = {**setting, "all_seconds": [], "first_clip": first_clip, "psnr": psnr(frames, videos[0])}
+                    first_clip = [step for step, computed in enumerate(schedule[: config.inference_steps]) if computed]
+                    entry = {**setting, "psnr": psnr(frames, videos[0]), "computed_in_first_clip": first_clip}
                     entries.append(entry | {"computed": sum(schedule), "steps": len(schedule)})
-                entries[panel]["all_seconds"].append(seconds)
     except KeyboardInterrupt:
         if not videos:
             raise
         print("interrupted: what was made is kept", file=sys.stderr)
-    for entry in entries:
-        entry["seconds"] = statistics.median(entry.pop("all_seconds"))
+    for entry, times in zip(entries, seconds):
+        entry["seconds"] = statistics.median(times)
         entry["speedup"] = entries[0]["seconds"] / entry["seconds"]
     return videos, entries
 
@@ -126,7 +126,7 @@ def show(entries):
         print(f"| {name} | {seconds} | {speedup} | {computed} | {quality.removeprefix('PSNR ')} |")
     print("\nComputed in the first clip:\n")
     for entry in entries:
-        print(f"- {name_panel(entry)}: {','.join(map(str, entry['first_clip']))}")
+        print(f"- {name_panel(entry)}: {','.join(map(str, entry['computed_in_first_clip']))}")
 
 
 def main(argv=None):

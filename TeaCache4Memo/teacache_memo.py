@@ -710,7 +710,7 @@ BT709 += ["h264_metadata=colour_primaries=1:transfer_characteristics=1:matrix_co
 
 def import_memo():
     """Namespace of memo's modules. memo imports xformers, used or not: if it is not loaded, a stub replaces it."""
-    stand_ins = {name: ModuleType(name) for name in ("xformers", "xformers.ops") if name not in sys.modules}
+    stand_ins = {name: ModuleType(name) for name in ("xformers", "xformers.ops") if not sys.modules.get(name)}
     sys.modules.update(stand_ins)
     try:
         from memo.models import attention_processor, audio_proj, image_proj, motion_module, unet_2d_condition, unet_3d
@@ -875,8 +875,8 @@ def mix(sound):
         for channel in sound[start : start + 8000].T.astype(np.float32):
             cancels = window @ channel < -0.3 * np.linalg.norm(window) * np.linalg.norm(channel)
             window += -channel if cancels else channel
-    peak = max(sound.max(), -int(sound.min()))
-    return (mono * (peak / max(1, np.abs(mono).max()))).clip(-32768, 32767).astype(np.int16)
+    mono *= max(sound.max(), -int(sound.min())) / max(1, mono.max(), -mono.min())
+    return mono.clip(-32768, 32767, out=mono).astype(np.int16)
 
 
 def prepare(image, audio, config, folder, emotion=None):
@@ -1093,17 +1093,17 @@ def read_config(path):
         config = SimpleNamespace(**OmegaConf.to_container(values, resolve=True, throw_on_missing=True))
     except Exception as error:  # not YAML, a list, a value that is missing or of another type
         raise ValueError(f"{path} is no config for MEMO: {error}") from None
-    counts = "fps", "num_init_past_frames", "num_past_frames", "inference_steps"
     rules = {
-        "resolution must be a multiple of 8": config.resolution > 0 and config.resolution % 8 == 0,
-        "num_generated_frames_per_clip must be 16, as in memo's pipeline": config.num_generated_frames_per_clip == 16,
-        "cfg_scale must be above 1, as memo needs guidance": config.cfg_scale > 1,
-        "weight_dtype must be fp32, fp16 or bf16": config.weight_dtype in DTYPES,
-        f"{', '.join(counts)} must be at least 1": all(vars(config)[name] >= 1 for name in counts),
+        "resolution": ("a multiple of 8", config.resolution > 0 and config.resolution % 8 == 0),
+        "num_generated_frames_per_clip": ("16, as in memo's pipeline", config.num_generated_frames_per_clip == 16),
+        "cfg_scale": ("above 1, as memo needs guidance", config.cfg_scale > 1),
+        "weight_dtype": ("fp32, fp16 or bf16", config.weight_dtype in DTYPES),
     }
-    for rule, is_kept in rules.items():
-        if not is_kept:
-            raise ValueError(f"{path}: {rule}, not {vars(config)[rule.split()[0]]}")
+    for name in ("fps", "num_init_past_frames", "num_past_frames", "inference_steps"):
+        rules[name] = "at least 1", vars(config)[name] >= 1
+    for name, (what, is_right) in rules.items():
+        if not is_right:
+            raise ValueError(f"{path}: {name} must be {what}, not {vars(config)[name]}")
     return config
 
 
