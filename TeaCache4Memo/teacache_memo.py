@@ -931,7 +931,7 @@ def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, progre
     apply_teacache(pipeline, **settings)
     pipeline.set_progress_bar_config(disable=True)  # one bar for the video, instead of memo's for each clip
     state, form = network.teacache, "{desc} |{bar}| {elapsed}, {remaining} left"
-    off = None if progress else True  # None: on no terminal, where a line a clip is printed
+    off = None if progress and sys.stderr else True  # None: on no terminal, where a line a clip is printed
     with tqdm(total=count * steps, bar_format=form, delay=1e-9, disable=off, leave=False) as bar:  # no bar of no steps
         for clip in range(count):
             if network.teacache is not state:
