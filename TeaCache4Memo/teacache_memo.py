@@ -978,7 +978,7 @@ def write_video(clips, path, fps, sound):
 
     hidden = {"prefix": f".{path.stem}.", "dir": path.absolute().parent, "ignore_cleanup_errors": True}
     try:
-        with tempfile.TemporaryDirectory(**hidden) as folder:  # before a clip is computed
+        with open(sound, "rb"), tempfile.TemporaryDirectory(**hidden) as folder:  # before a clip is computed
             pictures, whole, first = Path(folder, "pictures.mp4"), Path(folder, "whole.mp4"), next(clips)
             form = f"-xerror -f rawvideo -pix_fmt rgb24 -s {first.shape[2]}x{first.shape[1]} -r {fps} -i -".split()
             form += [*"-c:v libx264 -crf 10 -pix_fmt yuv420p".split(), *BT709]

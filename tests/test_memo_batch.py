@@ -122,19 +122,6 @@ def test_what_has_changed_is_made_anew(pairs, models, tmp_path, monkeypatch, wha
     assert [path.stem.rpartition("_")[0] for path in after] == STEMS
 
 
-def test_a_voice_recorded_again(pairs, quick, capsys):  # noqa: F811
-    """To the end: two videos, each with its JSON."""
-    (pairs / "pairs.csv").write_text("face.png,speech.wav\n")
-    assert make() == 0
-    (old,) = (pairs / "outputs").glob("*.mp4")
-    content = old.read_bytes()
-    write_sound("speech.wav", 10)
-    assert make() == 0 and make() == 0
-    (new,) = set((pairs / "outputs").glob("*.mp4")) - {old}
-    assert old.read_bytes() == content and new.stat().st_size and len(os.listdir("outputs")) == 4
-    assert capsys.readouterr().out.count("saved ") == 2
-
-
 def test_two_batches_on_one_folder(pairs, quick, monkeypatch, capsys):  # noqa: F811
     """What the other one finishes meanwhile is kept and not made again; an interruption takes nothing of it away."""
     (first, second, _), prepare = jobs(), teacache_memo.prepare
