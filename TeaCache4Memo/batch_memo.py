@@ -6,9 +6,10 @@
 A video is called <image>_<audio>_<code>.mp4. The code stands for all that it is made of: the content of both files, seed,
 settings, config and weights. So a video that exists is complete and the same, and is skipped: rerun the command to resume,
 or with more lines. What has changed gets another name. A JSON file beside each video tells what it was made of. Takes the
-flags of teacache_memo.py as well.
+flags of teacache_memo.py as well, but for those of the inputs.
 """
 
+import contextlib
 import csv
 import glob
 import hashlib
@@ -84,10 +85,10 @@ def remove_leftovers(path):
     """An empty file after a crash, and hidden folders of this video in which nothing was written for a day."""
     if path.exists() and not is_done(path):
         path.unlink()
-    for folder in path.parent.glob(f".{glob.escape(path.stem)}.*"):
-        times = [file.stat().st_mtime for file in (folder, *folder.iterdir())]
-        if time.time() - max(times) > 24 * 3600:
-            shutil.rmtree(folder)
+    for draft in path.parent.glob(f".{glob.escape(path.stem)}.*/*.mp4"):
+        with contextlib.suppress(FileNotFoundError):  # another batch has just finished it
+            if time.time() - draft.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(draft.parent)
 
 
 def make(pipeline, audio_proj, args, config, path, job, progress):

@@ -1,11 +1,12 @@
 """Compare TeaCache settings for MEMO: one video with a panel for each, a Markdown table, and a JSON file.
 
     python TeaCache4Memo/compare_memo.py --input_image face.jpg --input_audio speech.wav  # 0.09, 0.15, 0.25, half of the steps
-    python TeaCache4Memo/compare_memo.py --rel_l1_thresh 0.15 --computed_steps 10 7
-    python TeaCache4Memo/compare_memo.py --repeats 3                          # of seconds, the median of three runs
+    python TeaCache4Memo/compare_memo.py --rel_l1_thresh 0.15 --computed_steps 10 0,3,7,12,19  # a list has commas
+    python TeaCache4Memo/compare_memo.py --repeats 3                          # seconds: the median of three runs, in turn
 
 Each panel is compared with the original, which is not cached. The JSON file is beside the video, under its name. All
-videos are kept in memory until the end: use a short voice. Takes the flags of teacache_memo.py as well.
+videos are kept in memory until the end: use a short voice. Ctrl-C ends it with the panels that were made. Takes the flags
+of teacache_memo.py as well.
 """
 
 import json
