@@ -104,16 +104,17 @@ def compare(parts, settings, repeats=1):
                 frames, took, schedule = generate_all(*parts, **setting)
                 seconds[panel].append(took)
                 if run == 0:
-                    videos.append(frames)
                     first_clip = [step for step, computed in enumerate(schedule[: config.inference_steps]) if computed]
-                    entry = {**setting, "psnr": psnr(frames, videos[0]), "computed_in_first_clip": first_clip}
-                    entries.append(entry | {"computed": sum(schedule), "steps": len(schedule)})
+                    entry = {**setting, "computed": sum(schedule), "steps": len(schedule)}
+                    entry |= {"computed_in_first_clip": first_clip, "psnr": psnr(frames, (videos or [frames])[0])}
+                    videos.append(frames)
+                    entries.append(entry)
     except KeyboardInterrupt:
-        if not videos:
+        if not entries:
             raise
         print("interrupted: what was made is kept", file=sys.stderr)
     for entry, times in zip(entries, seconds):
-        entry["seconds"] = statistics.median(times)
+        entry["runs"], entry["seconds"] = len(times), statistics.median(times)
         entry["speedup"] = entries[0]["seconds"] / entry["seconds"]
     return videos, entries
 
@@ -153,7 +154,7 @@ def main(argv=None):
         files = {"input_image": str(image), "input_audio": str(audio)}
         about = {**files, "seed": args.seed, "emotion": args.emotion, "config": vars(config), **versions}
         runs = [{**entry, "psnr": entry["psnr"] if math.isfinite(entry["psnr"]) else None} for entry in entries]
-        text = json.dumps({**about, "repeats": args.repeats, "runs": runs})
+        text = json.dumps({**about, "runs": runs})
         record = teacache_memo.take_name(output.with_name(f"{output.stem}_compare.json"))
         record.write_text(text, encoding="utf-8")  # before what may still fail
         pages = (page[None] for page in panels(videos, entries))
@@ -162,7 +163,8 @@ def main(argv=None):
         print(f"saved {output}\n")
         show(entries)
         size = f"{config.resolution} x {config.resolution}, {config.weight_dtype}"
-        model, median = Path(config.model_name_or_path).name, f", median of {args.repeats}" if args.repeats > 1 else ""
+        model, repeats = Path(config.model_name_or_path).name, entries[-1]["runs"]
+        median = f", median of {repeats}" if repeats > 1 else ""
         print(f"\n{model}, {size}, {machine}, torch {torch.__version__}, diffusers {diffusers.__version__}{median}")
 
 
