@@ -770,12 +770,7 @@ def load_front_end(config):
         snapshot_download(MODEL, allow_patterns=["misc/[fv]*"], local_dir=config.misc_model_dir)
     # the ffmpeg that memo calls would read the terminal, which stops a job in the background
     audio_utils.subprocess = SimpleNamespace(Popen=functools.partial(subprocess.Popen, stdin=subprocess.DEVNULL))
-    return SimpleNamespace(
-        preprocess_image=vision_utils.preprocess_image,
-        preprocess_audio=audio_utils.preprocess_audio,
-        extract_audio_emotion_labels=audio_utils.extract_audio_emotion_labels,
-        EMOTIONS=EMOTIONS,
-    )
+    return SimpleNamespace(**{**vars(vision_utils), **vars(audio_utils), "EMOTIONS": EMOTIONS})
 
 
 # ---- portrait and voice ------------------------------------------------------
@@ -869,12 +864,13 @@ def mix(sound):
 
     A channel that runs against the others, half a second at a time, is turned over: together they would be silent.
     """
-    mono = np.zeros(len(sound), np.float32)
+    mono, signs = np.zeros(len(sound), np.float32), {}
     for start in range(0, len(sound), 8000):
         window = mono[start : start + 8000]
-        for channel in sound[start : start + 8000].T.astype(np.float32):
-            cancels = window @ channel < -0.3 * np.linalg.norm(window) * np.linalg.norm(channel)
-            window += -channel if cancels else channel
+        for i, channel in enumerate(sound[start : start + 8000].T.astype(np.float32)):
+            sign = -1 if window @ channel < -0.3 * np.linalg.norm(window) * np.linalg.norm(channel) else 1
+            window += channel * np.interp(np.arange(len(channel)), [0, 800], [signs.get(i, sign), sign])  # no click
+            signs[i] = sign
     mono *= max(sound.max(), -int(sound.min())) / max(1, mono.max(), -mono.min())
     return mono.clip(-32768, 32767, out=mono).astype(np.int16)
 

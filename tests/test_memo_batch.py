@@ -237,7 +237,10 @@ def test_the_scripts_alone(here, monkeypatch):  # noqa: F811
     for name in [name for name in sys.modules if name.split(".")[0] == "TeaCache4Memo"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.syspath_prepend("scripts")
-    for name, flags in [("teacache_memo.py", ["--rel_l1_thresh", "9"]), ("compare_memo.py", ["--rel_l1_thresh", "9"])]:
+    for name, flags in [
+        ("teacache_memo.py", ["--rel_l1_thresh", "9"]),
+        ("compare_memo.py", ["--rel_l1_thresh", "--computed_steps", "2"]),
+    ]:
         monkeypatch.setattr(sys, "argv", [name, *ARGUMENTS, *flags])
         runpy.run_path(f"scripts/{name}", run_name="__main__")
     monkeypatch.delitem(sys.modules, "teacache_memo")
