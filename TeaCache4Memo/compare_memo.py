@@ -50,10 +50,9 @@ def psnr(frames, reference):
 
 
 def name_panel(entry):
-    if isinstance(entry.get("computed_steps"), list):
-        return f"steps {','.join(map(str, entry['computed_steps']))}"
-    if "computed_steps" in entry:
-        return f"{entry['computed_steps']} steps a clip"
+    steps = entry.get("computed_steps")
+    if steps is not None:
+        return f"{len(steps)} chosen steps" if isinstance(steps, list) else f"{steps} steps a clip"
     return f"threshold {entry['rel_l1_thresh']:g}" if entry["rel_l1_thresh"] else "original"
 
 

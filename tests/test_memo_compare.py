@@ -35,7 +35,7 @@ def test_compare(here, capsys, monkeypatch):  # noqa: F811
     out, err = capsys.readouterr()
     rows = re.findall(r"^\| (.+?) \| [\d.]+ s \| ([\d.]+)x \| (\d+) of 12 steps \| (.*) \|$", out, re.M)
     assert "threshold 9:\nclip 1 of 2" in err and "3 steps a clip:\nclip 1 of 2" in err, "they are named"
-    named = [("original", "12"), ("threshold 9", "4"), ("steps 0,1,5", "6"), ("3 steps a clip", "6")]
+    named = [("original", "12"), ("threshold 9", "4"), ("3 chosen steps", "6"), ("3 steps a clip", "6")]
     assert [(row[0], row[2]) for row in rows] == named and rows[0][3] == ""
     last = json.loads(Path("o/face_speech_compare.json").read_text())
     base, *others = last["runs"]
@@ -44,7 +44,7 @@ def test_compare(here, capsys, monkeypatch):  # noqa: F811
         assert setting.items() <= entry.items() and row[1] == f"{entry['speedup']:.2f}"
         assert entry["speedup"] == base["seconds"] / entry["seconds"]
     assert all(row[3] == f"{entry['psnr']:.1f} dB" for row, entry in zip(rows[1:], others))
-    assert "- original: 0,1,2,3,4,5\n- threshold 9: 0,5\n- steps 0,1,5: 0,1,5\n- 3 steps a clip: 0," in out
+    assert "- original: 0,1,2,3,4,5\n- threshold 9: 0,5\n- 3 chosen steps: 0,1,5\n- 3 steps a clip: 0," in out
     assert last["runs"][2]["computed_in_first_clip"] == [0, 1, 5]
     assert {"machine", "torch", "diffusers"} <= last.keys() and last["seed"] == teacache_memo.SEED
     assert all(last[name] in out.splitlines()[-1] for name in ("machine", "torch", "diffusers")), "once, below"
