@@ -6,13 +6,15 @@
 A video is called <image>_<audio>_<code>.mp4. The code stands for all that it is made of: the content of both files, seed,
 settings, config and weights. So a video that exists is complete and the same, and is skipped: rerun the command to resume,
 or with more lines. What has changed gets another name. A JSON file beside each video tells what it was made of. Takes the
-flags of teacache_memo.py as well.
+flags of teacache_memo.py as well, but for those of the inputs.
 """
 
+import contextlib
 import csv
 import glob
 import hashlib
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -55,7 +57,7 @@ def content(file):
 
 def weights_of(config):
     """Names, sizes and times of the files of the model, if they are in a folder. A name on the Hub stands for itself."""
-    folders = [Path(config[name]) for name in ("model_name_or_path", "vae", "wav2vec")]
+    folders = [Path(name) for name in (config.model_name_or_path, config.vae, config.wav2vec)]
     files = [file for folder in folders for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin")]
     return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
 
@@ -64,7 +66,7 @@ def list_jobs(args, config):
     """{path of a video: what it is made of}."""
     constants = {name: getattr(teacache_memo, name) for name in ("COEFFICIENTS", "CORRECT")}
     setting = teacache_memo.name_setting(args.rel_l1_thresh, args.computed_steps)
-    common = {"seed": args.seed, "setting": setting, "emotion": args.emotion, "config": dict(config), **constants}
+    common = {"seed": args.seed, "setting": setting, "emotion": args.emotion, "config": vars(config), **constants}
     common["weights"] = weights_of(config)
     jobs = {}
     for image, audio in read_pairs(args.pairs):
@@ -80,19 +82,21 @@ def is_done(path):
 
 
 def remove_leftovers(path):
-    """An empty file after a crash, and hidden drafts of this video that nobody has written to for an hour."""
-    drafts = path.parent.glob(f".{glob.escape(path.stem)}.*.mp4")
-    for file in [*drafts, path]:
-        if file.exists() and (time.time() - file.stat().st_mtime > 3600 if file != path else not is_done(path)):
-            file.unlink()
+    """An empty file after a crash, and hidden folders of this video in which nothing was written for a day."""
+    if path.exists() and not is_done(path):
+        path.unlink()
+    for draft in path.parent.glob(f".{glob.escape(path.stem)}.*/*.mp4"):
+        with contextlib.suppress(FileNotFoundError):  # another batch has just finished it
+            if time.time() - draft.stat().st_mtime > 24 * 3600:
+                shutil.rmtree(draft.parent)
 
 
-def make(pipeline, audio_proj, args, config, path, job, bar):
+def make(pipeline, audio_proj, args, config, path, job, progress):
     """One video, and the JSON beside it."""
     with tempfile.TemporaryDirectory() as folder:
         inputs = teacache_memo.prepare(job["image"], job["audio"], config, folder, args.emotion)
         settings = {"rel_l1_thresh": args.rel_l1_thresh, "computed_steps": args.computed_steps}
-        clips = teacache_memo.generate(pipeline, audio_proj, inputs, config, args.seed, bar=bar, **settings)
+        clips = teacache_memo.generate(pipeline, audio_proj, inputs, config, args.seed, progress=progress, **settings)
         made = teacache_memo.write_video(clips, path, config.fps, inputs.sound)
     if made != path:  # another run has made the same video meanwhile
         made.unlink()
@@ -105,13 +109,15 @@ def main(argv=None):
         "pairs", metavar="FILE", help="CSV, one image,audio per line; paths count from the working folder"
     )
     args = parser.parse_args(argv)
+    if args.input_image or args.input_audio:
+        parser.error("--input_image and --input_audio: the pairs are in FILE")
     with teacache_memo.one_line_errors():
         teacache_memo.quiet()
         config = teacache_memo.choose_config(args.config)
         teacache_memo.check_settings(config.inference_steps, args.rel_l1_thresh, args.computed_steps)
         jobs, failed = list_jobs(args, config), []
         state = PartialState(cpu=not torch.cuda.is_available())
-        is_main, bar = state.is_main_process, "" if state.is_main_process else None
+        is_main = state.is_main_process
         missing = [path for path in jobs if not is_done(path)]
         state.wait_for_everyone()  # all processes have listed which videos are missing
         with state.split_between_processes(missing) as paths:
@@ -123,7 +129,7 @@ def main(argv=None):
                     continue
                 try:
                     remove_leftovers(path)
-                    make(pipeline, audio_proj, args, config, path, jobs[path], bar)
+                    make(pipeline, audio_proj, args, config, path, jobs[path], is_main)
                     print(f"saved {path}", flush=True)
                 except Exception as error:
                     failed.append(str(path))

@@ -1,11 +1,12 @@
 """Compare TeaCache settings for MEMO: one video with a panel for each, a Markdown table, and a JSON file.
 
     python TeaCache4Memo/compare_memo.py --input_image face.jpg --input_audio speech.wav  # 0.09, 0.15, 0.25, half of the steps
-    python TeaCache4Memo/compare_memo.py --rel_l1_thresh 0.15 --computed_steps 10 7
-    python TeaCache4Memo/compare_memo.py --repeats 3                          # of seconds, the median of three runs
+    python TeaCache4Memo/compare_memo.py --rel_l1_thresh 0.15 --computed_steps 10 0,3,7,12,19  # a list has commas
+    python TeaCache4Memo/compare_memo.py --repeats 3                          # seconds: the median of three runs, in turn
 
 Each panel is compared with the original, which is not cached. The JSON file is beside the video, under its name. All
-videos are kept in memory until the end: use a short voice. Takes the flags of teacache_memo.py as well.
+videos are kept in memory until the end: use a short voice. Ctrl-C ends it with the panels that were made. Takes the flags
+of teacache_memo.py as well.
 """
 
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -32,8 +34,9 @@ def list_settings(thresholds, budgets, steps):
     """Those of each panel, the original first. ValueError for one that cannot work."""
     thresholds = [0.09, 0.15, 0.25] if thresholds is None else thresholds
     budgets = [max(2, steps // 2)] if budgets is None else budgets
-    settings = [{"rel_l1_thresh": threshold} for threshold in dict.fromkeys([0.0, *thresholds])]
-    settings += [{"computed_steps": budget} for budget in dict.fromkeys(budgets)]
+    settings = [{"rel_l1_thresh": threshold} for threshold in [0.0, *thresholds]]
+    settings += [{"computed_steps": budget} for budget in budgets]
+    settings = [each for i, each in enumerate(settings) if each not in settings[:i]]
     for each in settings:
         teacache_memo.check_settings(steps, **each)
     return settings
@@ -47,8 +50,9 @@ def psnr(frames, reference):
 
 
 def name_panel(entry):
-    if "computed_steps" in entry:
-        return f"{entry['computed_steps']} steps a clip"
+    steps = entry.get("computed_steps")
+    if steps is not None:
+        return f"{len(steps)} chosen steps" if isinstance(steps, list) else f"{steps} steps a clip"
     return f"threshold {entry['rel_l1_thresh']:g}" if entry["rel_l1_thresh"] else "original"
 
 
@@ -78,26 +82,39 @@ def panels(videos, entries):
         yield canvas
 
 
-def generate_all(*args, **options):
+def generate_all(pipeline, *args, **options):
     """The whole video of `generate`: frames, the seconds that they took, and the schedule of all clips."""
-    schedule, began = [], time.perf_counter()
-    frames = np.concatenate(list(teacache_memo.generate(*args, schedule=schedule, **options)))
-    return frames, time.perf_counter() - began, schedule
+    frames, schedule, began = [], [], time.perf_counter()
+    for clip in teacache_memo.generate(pipeline, *args, **options):
+        frames.append(clip)
+        schedule += pipeline.diffusion_net.teacache.schedule
+    return np.concatenate(frames), time.perf_counter() - began, schedule
 
 
 def compare(parts, settings, repeats=1):
     """Make and time all panels; parts: the first arguments of `generate`. Returns the videos and their entries."""
-    generate_all(*parts, bar="warm-up,", rel_l1_thresh=0.0, clips=1)
-    videos, entries = [], []
-    for setting in settings:
-        name = name_panel(setting)
-        frames, first_seconds, schedule = generate_all(*parts, bar=f"{name},", **setting)
-        again = [generate_all(*parts, bar=f"{name}, again,", **setting)[1] for _ in range(repeats - 1)]
-        seconds = statistics.median([first_seconds, *again])
-        videos.append(frames)
-        entry = {**setting, "seconds": seconds, "computed": sum(schedule), "steps": len(schedule)}
-        entries.append(entry | {"psnr": psnr(frames, videos[0])})
-        entries[-1]["speedup"] = entries[0]["seconds"] / seconds
+    *_, config, _ = parts
+    generate_all(*parts, rel_l1_thresh=0.0, clips=1, progress=False)  # warm-up
+    videos, entries, seconds = [], [], [[] for _ in settings]
+    try:
+        for run in range(repeats):  # one of each in turn: a machine that slows down slows all of them down
+            for panel, setting in enumerate(settings):
+                print(f"{name_panel(setting)}:", file=sys.stderr)
+                frames, took, schedule = generate_all(*parts, **setting)
+                seconds[panel].append(took)
+                if run == 0:
+                    first_clip = [step for step, computed in enumerate(schedule[: config.inference_steps]) if computed]
+                    entry = {**setting, "computed": sum(schedule), "steps": len(schedule)}
+                    entry |= {"computed_in_first_clip": first_clip, "psnr": psnr(frames, (videos or [frames])[0])}
+                    videos.append(frames)
+                    entries.append(entry)
+    except KeyboardInterrupt:
+        if not entries:
+            raise
+        print("interrupted: what was made is kept", file=sys.stderr)
+    for entry, times in zip(entries, seconds):
+        entry["runs"], entry["seconds"] = len(times), statistics.median(times)
+        entry["speedup"] = entries[0]["seconds"] / entry["seconds"]
     return videos, entries
 
 
@@ -108,6 +125,9 @@ def show(entries):
         name, cost, computed, quality = caption(entry)
         seconds, speedup = cost.split(", ")
         print(f"| {name} | {seconds} | {speedup} | {computed} | {quality.removeprefix('PSNR ')} |")
+    print("\nComputed in the first clip:\n")
+    for entry in entries:
+        print(f"- {name_panel(entry)}: {','.join(map(str, entry['computed_in_first_clip']))}")
 
 
 def main(argv=None):
@@ -131,17 +151,19 @@ def main(argv=None):
         machine = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores"
         versions = {"machine": machine, "torch": torch.__version__, "diffusers": diffusers.__version__}
         files = {"input_image": str(image), "input_audio": str(audio)}
-        about = {**files, "seed": args.seed, "emotion": args.emotion, "config": dict(config), **versions}
+        about = {**files, "seed": args.seed, "emotion": args.emotion, "config": vars(config), **versions}
         runs = [{**entry, "psnr": entry["psnr"] if math.isfinite(entry["psnr"]) else None} for entry in entries]
-        record = teacache_memo.free_name(output.with_name(f"{output.stem}_compare.json"))  # before what may still fail
-        record.write_text(json.dumps({**about, "repeats": args.repeats, "runs": runs}), encoding="utf-8")
+        text = json.dumps({**about, "runs": runs})
+        record = teacache_memo.take_name(output.with_name(f"{output.stem}_compare.json"))
+        record.write_text(text, encoding="utf-8")  # before what may still fail
         pages = (page[None] for page in panels(videos, entries))
         output = teacache_memo.write_video(pages, record.with_suffix(".mp4"), config.fps, inputs.sound)
 
         print(f"saved {output}\n")
         show(entries)
         size = f"{config.resolution} x {config.resolution}, {config.weight_dtype}"
-        model, median = Path(config.model_name_or_path).name, f", median of {args.repeats}" if args.repeats > 1 else ""
+        model, repeats = Path(config.model_name_or_path).name, entries[-1]["runs"]
+        median = f", median of {repeats}" if repeats > 1 else ""
         print(f"\n{model}, {size}, {machine}, torch {torch.__version__}, diffusers {diffusers.__version__}{median}")
 
 

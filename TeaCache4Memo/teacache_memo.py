@@ -36,16 +36,18 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import io
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
 import wave
-import weakref
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
 
@@ -53,7 +55,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import logging
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------
@@ -67,7 +69,8 @@ INPUT_AUDIO = "assets/examples/speech.wav"
 BUNDLED = Path(__file__).resolve().parent.parent / "assets" / "memo-emoji"  # a talking emoji, without a CUDA GPU
 MODEL = "memoavatar/memo"  # for load_pipeline; the command line takes model_name_or_path from CONFIG
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # as CONFIG names them
-EMOTIONS = "angry disgusted fearful happy neutral other sad surprised unknown".split()  # labels 0 to 8 of emotion2vec
+EMOTIONS = "angry disgusted fearful happy neutral other sad surprised unknown".split()
+EMOTIONS = {name: label for label, name in enumerate(EMOTIONS)}  # of emotion2vec
 NETWORK = "diffusion_net"  # attribute of the pipeline that TeaCache is applied to
 PACKAGE = "memo"  # that the network's forward must be from: others are not replaced
 
@@ -962,29 +965,14 @@ def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, coef
 # Running MEMO: loading, preparing, generating, the command line
 # ------------------------------------------------------------------------------
 
-A_COUNT = "a whole number of at least 1", lambda value: isinstance(value, int) and value > 0
-A_NAME = "a name or folder", lambda value: isinstance(value, str)
-CONFIG_RULES = {
-    "resolution": ("a multiple of 8", lambda value: isinstance(value, int) and value > 0 and value % 8 == 0),
-    "num_generated_frames_per_clip": ("16, as it is written into memo's pipeline", lambda value: value == 16),
-    "cfg_scale": ("above 1, as memo needs guidance", lambda value: isinstance(value, (int, float)) and value > 1),
-    "weight_dtype": ("fp32, fp16 or bf16", lambda value: value in DTYPES),
-    **dict.fromkeys(["fps", "num_init_past_frames", "num_past_frames", "inference_steps"], A_COUNT),
-    **dict.fromkeys(["model_name_or_path", "vae", "wav2vec", "emotion2vec", "misc_model_dir"], A_NAME),
-}
 VOCAL_SEPARATOR = "misc/vocal_separator/Kim_Vocal_2.onnx"  # in the folder misc_model_dir of CONFIG
 BT709 = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-bsf:v"]  # the colours that players expect, and say so:
 BT709 += ["h264_metadata=colour_primaries=1:transfer_characteristics=1:matrix_coefficients=1:video_full_range_flag=0"]
-GENERATING = weakref.WeakSet()  # networks that are making a video
 
 
 def import_memo():
-    """Namespace of memo's modules. memo imports xformers, used or not: if it is missing, a stub replaces it."""
-    stand_ins = {}
-    try:
-        import xformers.ops  # noqa: F401
-    except Exception:  # not installed, or not for this torch
-        stand_ins = {name: ModuleType(name) for name in ("xformers", "xformers.ops")}
+    """Namespace of memo's modules. memo imports xformers, used or not: if it is not loaded, a stub replaces it."""
+    stand_ins = {name: ModuleType(name) for name in ("xformers", "xformers.ops") if not sys.modules.get(name)}
     sys.modules.update(stand_ins)
     try:
         from memo.models import attention_processor, audio_proj, image_proj, motion_module, unet_2d_condition, unet_3d
@@ -1023,105 +1011,156 @@ def load_pipeline(model=MODEL, vae="stabilityai/sd-vae-ft-mse", device=None, dty
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), DTYPES.get(dtype, dtype)), audio_proj
 
 
-# ---- portrait and voice ------------------------------------------------------
-
-
-def clean_portrait(image, path):
-    """Write the picture as a viewer shows it: upright, on white where it is transparent."""
-    try:
-        with Image.open(image) as picture:
-            picture = ImageOps.exif_transpose(picture).convert("RGBA")
-    except Exception as error:  # Pillow raises many kinds for broken files
-        raise ValueError(f"{image} is not a picture that can be read ({error}): give a JPEG or PNG") from None
-    Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB").save(path)
-
-
-def clean_voice(audio, path):
-    """Write the sound of any file that ffmpeg reads as a wav, 16 kHz, mono. Returns its seconds."""
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    source = Path(audio).absolute()  # ffmpeg takes "12:30.wav" for a protocol
-    form = "-af aformat=channel_layouts=mono|stereo -ar 16000 -c:a pcm_s16le".split()
-    command = [get_ffmpeg_exe(), *"-nostdin -v error -i".split(), source, *form, path]
-    ffmpeg = subprocess.run(command, stderr=subprocess.PIPE)
-    if ffmpeg.returncode != 0:
-        reason = ffmpeg.stderr.decode(errors="replace").partition("\n")[0].removeprefix(f"{source}: ")
-        raise ValueError(f"no sound in {audio}: {reason}")
-    with wave.open(str(path)) as file:
-        sound = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, file.getnchannels())
-    if not sound.size:
-        raise ValueError(f"no sound in {audio}: it is empty")
-    mono = sound.mean(axis=1, dtype=np.float32).astype(np.int16)
-    loudness = np.abs(sound).mean(axis=0)
-    if np.abs(mono).mean() < 0.6 * loudness.max():  # one channel is silent, or they cancel each other
-        print(f"{audio}: only the louder channel is used, as both together are quieter", file=sys.stderr)
-        mono = sound[:, loudness.argmax()]
-    with wave.open(str(path), "wb") as file:
-        file.setparams((1, 2, 16000, 0, "NONE", ""))
-        file.writeframes(mono.tobytes())
-    return len(mono) / 16000
-
-
 def is_emoji(config):
     """Whether the model is the bundled talking emoji."""
     return Path(config.model_name_or_path).resolve() == BUNDLED
 
 
-def load_emoji():
-    """The module with what the talking emoji has in place of memo's functions for faces and voices."""
-    spec = importlib.util.spec_from_file_location("memo_emoji", BUNDLED / "emoji.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load_front_end(config):
+    """The functions for portraits and voices, memo's or the talking emoji's, and EMOTIONS, {name: label}."""
+    if is_emoji(config):
+        spec = importlib.util.spec_from_file_location("memo_emoji", BUNDLED / "emoji.py")
+        front_end = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(front_end)
+        return front_end
+
+    from memo.utils import audio_utils, vision_utils
+
+    if not Path(config.misc_model_dir, VOCAL_SEPARATOR).is_file():
+        from huggingface_hub import snapshot_download
+
+        snapshot_download(MODEL, allow_patterns=["misc/[fv]*"], local_dir=config.misc_model_dir)
+    # the ffmpeg that memo calls would read the terminal, which stops a job in the background
+    audio_utils.subprocess = SimpleNamespace(Popen=functools.partial(subprocess.Popen, stdin=subprocess.DEVNULL))
+    return SimpleNamespace(**{**vars(vision_utils), **vars(audio_utils), "EMOTIONS": EMOTIONS})
 
 
-@contextlib.contextmanager
-def without_stdin():
-    """The ffmpeg that memo calls reads the terminal, which would stop a job in the background."""
-    terminal = os.dup(0)
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
+# ---- portrait and voice ------------------------------------------------------
+
+
+@functools.cache
+def find_ffmpeg():
+    """imageio's ffmpeg. OSError if it cannot write a video, as those of some distributions."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    trial = [get_ffmpeg_exe(), *"-v error -f lavfi -i color=size=32x32 -frames:v 1 -c:v libx264".split(), *BT709]
+    if subprocess.run([*trial, "-f", "null", "-"], stdin=subprocess.DEVNULL, capture_output=True).returncode != 0:
+        raise OSError(f"{trial[0]} has no libx264: unset IMAGEIO_FFMPEG_EXE, or pip install imageio-ffmpeg")
+    return trial[0]
+
+
+def run_ffmpeg(*arguments, frames=()):
+    """What ffmpeg says. frames: its input, as they come. OSError with the reason if it fails."""
+    command = [find_ffmpeg(), *"-hide_banner -nostats -v level+info -y".split(), *map(str, arguments)]
+    with tempfile.TemporaryFile() as file:
+        with contextlib.suppress(BrokenPipeError):  # it has ended early, and says why
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file) as ffmpeg:
+                for frame in frames:
+                    ffmpeg.stdin.write(frame)
+        file.seek(0)
+        said = file.read().decode(errors="replace")
+    if ffmpeg.returncode != 0:
+        raise OSError(next(iter(re.findall(r"\[(?:error|fatal)\] (.+)", said)), f"ffmpeg ended: {ffmpeg.returncode}"))
+    return said
+
+
+def to_rgba(picture):
+    """The colours that a viewer shows, 8 bits each. Pillow's own conversion leaves out the profile, and clips more bits."""
+    profile = picture.info.get("icc_profile")
+    if picture.mode[0] in "IF":  # gray, in 16 or 32 bits, or in floats, whose white is 1, 255 or 65535
+        levels = np.asarray(picture, np.float32)
+        white = 65535 if picture.mode != "F" or levels.max() > 4096 else 255 if levels.max() > 16 else 1
+        picture = Image.fromarray((levels / white * 255).clip(0, 255).round().astype(np.uint8))
+    shown = picture.convert("RGBA")
+    if profile:
+        kind = {"CMYK": "CMYK", "L": "L", "LA": "L"}.get(picture.mode, "RGB")
+        with contextlib.suppress(OSError, ImageCms.PyCMSError):  # broken, or of other pictures: viewers ignore it
+            theirs, srgb = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            colours = ImageCms.profileToProfile(picture.convert(kind), theirs, srgb, outputMode="RGB")
+            colours.putalpha(shown.getchannel("A"))
+            shown = colours
+    return shown
+
+
+def clean_portrait(image, path):
+    """Write the picture as a viewer shows it: upright, in sRGB, on white where it is transparent."""
     try:
-        yield
-    finally:
-        os.dup2(terminal, 0)
-        os.close(terminal)
+        with Image.open(image) as picture:
+            picture = to_rgba(ImageOps.exif_transpose(picture))
+    except Image.DecompressionBombError:
+        raise ValueError(f"{image} has too many pixels: make it smaller, say 2000 x 2000") from None
+    except Exception as error:  # Pillow raises many kinds for broken files
+        reason = f"{image} is not a picture that can be read ({error})"
+        raise ValueError(f"{reason}: give a JPEG or PNG, of a video one frame") from None
+    if picture.width != picture.height:
+        print(f"{image} is {picture.width} x {picture.height}, and is squeezed to a square: crop it", file=sys.stderr)
+    Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB").save(path)
+
+
+def clean_voice(audio, path):
+    """Write the sound of any file that ffmpeg reads as a wav, 16 kHz, one channel. Returns its seconds."""
+    source = Path(audio).absolute()  # ffmpeg takes "12:30.wav" for a protocol
+    try:
+        said = run_ffmpeg("-i", source, "-ar", 16000, "-c:a", "pcm_s16le", path)
+    except OSError as error:
+        raise ValueError(f"no sound in {audio}: {str(error).removeprefix(f'{source}: ')}") from None
+    tracks = re.findall(r"Stream #0:(\d+).*?: Audio: ", said.partition("Stream mapping:")[0])
+    if len(tracks) > 1:
+        number = tracks.index(re.search(r"Stream #0:(\d+) -> ", said)[1]) + 1
+        print(f"{audio}: sound track {number} of {len(tracks)} is used", file=sys.stderr)
+    with open(path, "r+b") as file:  # Python's wave, before 3.12, reads more than two channels only with this tag
+        file.seek(20)
+        file.write(b"\1\0")
+    with wave.open(str(path)) as file:
+        sound = np.frombuffer(file.readframes(file.getnframes()), np.int16).reshape(-1, file.getnchannels())
+    if not sound.size:
+        raise ValueError(f"no sound in {audio}: it is empty")
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16000, 0, "NONE", ""))
+        file.writeframes(mix(sound).tobytes())
+    return len(sound) / 16000
+
+
+def mix(sound):
+    """All channels in one, as loud as the loudest of them; int16 (samples, channels).
+
+    A channel that runs against the others, half a second at a time, is turned over: together they would be silent.
+    """
+    mono, signs = np.zeros(len(sound), np.float32), {}
+    for start in range(0, len(sound), 8000):
+        window = mono[start : start + 8000]
+        for i, channel in enumerate(sound[start : start + 8000].T.astype(np.float32)):
+            sign = -1 if window @ channel < -0.3 * np.linalg.norm(window) * np.linalg.norm(channel) else 1
+            window += channel * np.interp(np.arange(len(channel)), [0, 800], [signs.get(i, sign), sign])  # no click
+            signs[i] = sign
+    mono *= max(sound.max(), -int(sound.min())) / max(1, mono.max(), -mono.min())
+    return mono.clip(-32768, 32767, out=mono).astype(np.int16)
 
 
 def prepare(image, audio, config, folder, emotion=None):
-    """The inputs of `generate`, from any picture and any sound. A portrait and a voice are written into `folder`.
+    """The inputs of `generate`, from any picture and any sound. What is made of them is written into `folder`.
 
     emotion: one of EMOTIONS for the whole voice; else it is recognised, or neutral for the talking emoji.
     """
-    portrait, voice = (free_name(Path(folder, name).absolute()) for name in ("portrait.png", "voice.wav"))
+    folder = Path(tempfile.mkdtemp(dir=folder)).absolute()  # of its own, so that others may use it at the same time
+    portrait, voice = folder / "portrait.png", folder / "voice.wav"
     clean_portrait(image, portrait)
     seconds = clean_voice(audio, voice)
-    if is_emoji(config):
-        hearing = seeing = load_emoji()
-    else:
-        from memo.utils import audio_utils as hearing
-        from memo.utils import vision_utils as seeing
-
-    emotions, misc = getattr(hearing, "EMOTIONS", EMOTIONS), Path(config.misc_model_dir)
-    if emotion not in (None, *emotions):
-        raise ValueError(f"this model knows the emotions {', '.join(emotions)}, not {emotion}")
-    if not is_emoji(config) and not (misc / VOCAL_SEPARATOR).is_file():
-        from huggingface_hub import snapshot_download
-
-        snapshot_download(MODEL, allow_patterns=["misc/[fv]*"], local_dir=misc)
+    front_end, misc = load_front_end(config), Path(config.misc_model_dir)
+    if emotion not in (None, *front_end.EMOTIONS):
+        raise ValueError(f"this model knows the emotions {', '.join(front_end.EMOTIONS)}, not {emotion}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clip = {"num_generated_frames_per_clip": config.num_generated_frames_per_clip, "device": device}
-    with without_stdin():
-        pixels, face = seeing.preprocess_image(str(misc / "misc/face_analysis"), str(portrait), config.resolution)
-        if not face.any():
-            raise ValueError(f"no face found in {image}: give a frontal portrait")
-        of_voice = str(voice), config.fps, config.wav2vec, str(misc / VOCAL_SEPARATOR), str(folder)
-        audio_emb, length = hearing.preprocess_audio(*of_voice, **clip)
-        if emotion is None:
-            of_voice = MODEL, str(voice), config.emotion2vec, length
-            audio_emotion, num_classes = hearing.extract_audio_emotion_labels(*of_voice, device=device)
-        else:
-            audio_emotion, num_classes = torch.full((length,), EMOTIONS.index(emotion)).int(), len(EMOTIONS)
+    pixels, face = front_end.preprocess_image(str(misc / "misc/face_analysis"), str(portrait), config.resolution)
+    if not face.any():
+        raise ValueError(f"no face found in {image}: give a frontal portrait")
+    of_voice = str(voice), config.fps, config.wav2vec, str(misc / VOCAL_SEPARATOR), str(folder)
+    audio_emb, length = front_end.preprocess_audio(*of_voice, **clip)
+    if emotion is None:
+        of_voice = MODEL, str(voice), config.emotion2vec, length
+        audio_emotion, num_classes = front_end.extract_audio_emotion_labels(*of_voice, device=device)
+    else:
+        audio_emotion, num_classes = torch.full((length,), front_end.EMOTIONS[emotion]).int(), len(EMOTIONS)
     inputs = {"pixel_values": pixels, "face_emb": face, "audio_emb": audio_emb, "audio_emotion": audio_emotion}
     inputs |= {"num_emotion_classes": num_classes, "num_frames": math.ceil(seconds * config.fps), "sound": voice}
     return SimpleNamespace(**inputs)
@@ -1130,110 +1169,117 @@ def prepare(image, audio, config, folder, emotion=None):
 # ---- the video ---------------------------------------------------------------
 
 
-def fill_up(rows, size):
-    """As many rows as a clip has frames: the last one is repeated."""
-    return torch.cat([rows, rows[-1:].expand(size - len(rows), *rows.shape[1:])])
-
-
-@contextlib.contextmanager
-def alone(network):
-    """RuntimeError while the network makes another video, whose settings and memory of past frames it has."""
-    if network in GENERATING:
-        raise RuntimeError("this pipeline is making another video: finish that one, or close() its generator, first")
-    GENERATING.add(network)
-    try:
-        yield
-    finally:
-        GENERATING.discard(network)
-
-
 @torch.no_grad()
-def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, schedule=None, bar="", **settings):
+def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, progress=True, **settings):
     """Yield the video clip by clip, uint8 (frames, height, width, 3); each starts from the last frames of the one before.
 
-    inputs: `pixel_values` (1, 3, height, width) in [-1, 1], `face_emb` (1, 512), `audio_emb` (frames, window, blocks,
-    channels), `audio_emotion` (frames,), `num_emotion_classes`, and `num_frames` if the video shall be shorter.
-    config: memo's configs/inference.yaml. clips: at most. schedule: a list, to which those of the clips are added.
-    bar: what the progress is called, None for none. settings: of TeaCache. One video at a time on a pipeline.
+    inputs: `pixel_values` (1, 3, height, width) in [-1, 1], `face_emb` (1, 512), `audio_emb` (frames of whole clips,
+    window, blocks, channels), `audio_emotion` (frames,), `num_emotion_classes`, and `num_frames` if the video shall be
+    shorter. config: memo's configs/inference.yaml. clips: at most. settings: of TeaCache. After each clip,
+    `pipeline.diffusion_net.teacache` tells which of its steps were computed. One video at a time on a pipeline.
     """
-    size, steps = config.num_generated_frames_per_clip, config.inference_steps
+    network, size, steps = pipeline.diffusion_net, config.num_generated_frames_per_clip, config.inference_steps
     num_frames = min(len(inputs.audio_emb), getattr(inputs, "num_frames", sys.maxsize))
     count = min(math.ceil(num_frames / size), clips or sys.maxsize)
-    schedule = [] if schedule is None else schedule
     given = {"width": config.resolution, "height": config.resolution, "video_length": size}
     given |= {"num_inference_steps": steps, "guidance_scale": config.cfg_scale}
     given |= {"face_emb": inputs.face_emb, "emotion_class_num": inputs.num_emotion_classes}
     given["generator"] = torch.Generator().manual_seed(seed)  # on the CPU: equal noise on every device
     past_frames = inputs.pixel_values.repeat(config.num_init_past_frames, 1, 1, 1)
-    form = "{desc} |{bar}| {elapsed}, {remaining} left"
-    off = True if bar is None else None  # None: on no terminal
-    progress = tqdm(total=count * steps, bar_format=form, delay=1e-9, disable=off, leave=False)  # no bar of no steps
-    with alone(pipeline.diffusion_net), progress:
-        apply_teacache(pipeline, **settings)
-        pipeline.set_progress_bar_config(disable=True)  # one bar for the video, instead of memo's for each clip
+    apply_teacache(pipeline, **settings)
+    pipeline.set_progress_bar_config(disable=True)  # one bar for the video, instead of memo's for each clip
+    state, form = network.teacache, "{desc} |{bar}| {elapsed}, {remaining} left"
+    off = None if progress and sys.stderr else True  # None: on no terminal, where a line a clip is printed
+    with tqdm(total=count * steps, bar_format=form, delay=1e-9, disable=off, leave=False) as bar:  # no bar of no steps
         for clip in range(count):
-            name = f"{bar} clip {clip + 1} of {count}".strip()
-            progress.set_description_str(name, refresh=False)
+            if network.teacache is not state:
+                raise RuntimeError("this pipeline has begun another video, so that this one cannot go on")
+            bar.set_description_str(f"clip {clip + 1} of {count}", refresh=False)
             window = slice(clip * size, (clip + 1) * size)
-            audio_emb = fill_up(inputs.audio_emb[window], size).unsqueeze(0)
             video = pipeline(
                 ref_image=torch.cat([inputs.pixel_values, past_frames]).unsqueeze(0),
-                audio_tensor=audio_proj(audio_emb.to(audio_proj.device, audio_proj.dtype)),
-                audio_emotion=fill_up(inputs.audio_emotion[window], size),
+                audio_tensor=audio_proj(inputs.audio_emb[window].unsqueeze(0).to(audio_proj.device, audio_proj.dtype)),
+                audio_emotion=inputs.audio_emotion[window],
                 is_new_audio=clip == 0,
-                callback=lambda *_: progress.update(),
+                callback=lambda *_: bar.update(),
                 **given,
             ).videos[0]  # (3, frames, height, width) in [0, 1]
             past_frames = video.transpose(0, 1)[-config.num_past_frames :].to(inputs.pixel_values) * 2 - 1
-            computed = pipeline.diffusion_net.teacache.schedule
-            schedule += computed
-            if bar is not None and progress.disable:
-                print(f"{name}: {sum(computed)} of {len(computed)} steps computed", file=sys.stderr)
+            state = network.teacache
+            if progress and bar.disable:
+                computed = f"{sum(state.schedule)} of {len(state.schedule)} steps computed"
+                print(f"clip {clip + 1} of {count}: {computed}", file=sys.stderr)
             frames = (video.permute(1, 2, 3, 0) * 255).clamp(0, 255).to(torch.uint8)
             yield frames[: num_frames - clip * size].numpy()
 
 
-def free_name(path):
-    """output.png, or output_2.png where that exists, and so on."""
-    names = itertools.chain([path], (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(2)))
-    return next(name for name in names if not os.path.lexists(name))
+def take_name(path):
+    """output.png, or output_2.png where that exists, and so on: an empty file, so that nobody else takes the name."""
+    for number in itertools.count(1):
+        name = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
+        with contextlib.suppress(FileExistsError):
+            name.open("x").close()
+            return name
 
 
 def write_video(clips, path, fps, sound):
-    """An mp4 of clips, uint8 (frames, height, width, 3), as they come, and of the sound of a file.
+    """An mp4 of clips, uint8 (frames, height, width, 3), as they come, and of the sound of a file: both of one length.
 
-    The file has a hidden name until it is complete, then `path` or the next free number. Returns that.
+    It lies in a hidden folder until it is complete, then at `path` or the next free number. Returns that.
     """
-    import imageio_ffmpeg
+    path, clips, lengths = Path(path), iter(clips), []
 
-    path, clips = Path(path), iter(clips)
-    first = next(clips)
-    height, width = first.shape[1:3]
-    draft = path.with_name(f".{path.stem}.{os.getpid()}.mp4").absolute()  # ffmpeg takes "10:30/a.mp4" for a protocol
-    options = {"fps": fps, "codec": "libx264", "quality": None, "macro_block_size": 1, "ffmpeg_log_level": "error"}
-    options |= {"audio_path": str(Path(sound).absolute()), "audio_codec": "aac"}
-    options["output_params"] = ["-crf", "10", "-movflags", "+faststart", *BT709]
-    writer = imageio_ffmpeg.write_frames(str(draft), (width, height), **options)
+    def frames(clips):
+        for clip in clips:
+            lengths.append(len(clip))
+            yield clip.tobytes()
+
+    hidden = {"prefix": f".{path.stem}.", "dir": path.absolute().parent, "ignore_cleanup_errors": True}
     try:
-        writer.send(None)
-        for clip in itertools.chain([first], clips):
-            writer.send(clip.tobytes())
-        writer.close()
-        with draft.open("rb") as file:
-            if b"moov" not in file.read(64):  # put there last of all, by faststart; the writer tells of no failure
-                raise OSError("ffmpeg did not end it")
-        path = free_name(path)
-        draft.rename(path)
+        with open(sound, "rb"), tempfile.TemporaryDirectory(**hidden) as folder:  # before a clip is computed
+            pictures, whole, first = Path(folder, "pictures.mp4"), Path(folder, "whole.mp4"), next(clips)
+            form = f"-xerror -f rawvideo -pix_fmt rgb24 -s {first.shape[2]}x{first.shape[1]} -r {fps} -i -".split()
+            form += [*"-c:v libx264 -crf 10 -pix_fmt yuv420p".split(), *BT709]
+            run_ffmpeg(*form, pictures, frames=frames(itertools.chain([first], clips)))
+            form = ["-xerror", "-i", pictures, "-i", Path(sound).absolute(), *"-map 0:v -map 1:a -c:v copy".split()]
+            form += [*"-c:a aac -movflags +faststart -af apad -t".split(), sum(lengths) / fps]  # filled up, and cut
+            run_ffmpeg(*form, whole)
+            path = take_name(path)
+            whole.replace(path)
     except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path} could not be written ({reason}): what ffmpeg says is above") from error
+        raise OSError(f"{path} could not be written: {error}") from error
     finally:
-        writer.close()
-        draft.unlink(missing_ok=True)
+        if hasattr(clips, "close"):
+            clips.close()  # else an exception that is kept keeps them, and the pipeline
     return path
 
 
 # ---- the command line --------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """What is read of memo's configs/inference.yaml."""
+
+    resolution: int
+    num_generated_frames_per_clip: int
+    fps: int
+    num_init_past_frames: int
+    num_past_frames: int
+    inference_steps: int
+    cfg_scale: float
+    weight_dtype: str
+    model_name_or_path: str
+    vae: str
+    wav2vec: str
+    emotion2vec: str
+    misc_model_dir: str
+
+
+def steps(text):
+    """Of --computed_steps: 10 is their number, 0,3,7,12,19 a list of them."""
+    numbers = [int(step) for step in text.split(",")]
+    return numbers if "," in text else numbers[0]
 
 
 def build_parser(**several):
@@ -1251,16 +1297,19 @@ def build_parser(**several):
     add("emotion", choices=EMOTIONS, help="instead of the recognised one")
     add("seed", type=int, default=SEED)
     add("rel_l1_thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing", **several)
-    add("computed_steps", type=int, help="instead of a threshold: computed steps of each clip", **several)
+    add("computed_steps", type=steps, help="instead of a threshold: how many steps of each clip, or 0,3,7", **several)
     return parser
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """For `main`: what can go wrong is said in a line, on a terminal that lacks a letter of a name too."""
-    sys.stdout.reconfigure(errors="replace")
+    """For `main`: what can go wrong is said in a line, also where there is no stdout, or one that lacks some letters."""
+    stdout = None if getattr(sys.stdout, "closed", False) else sys.stdout
+    if hasattr(stdout, "reconfigure"):  # a notebook's has not
+        stdout.reconfigure(errors="replace")
     try:
-        yield
+        with contextlib.redirect_stdout(stdout):
+            yield
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except ImportError as error:
@@ -1275,6 +1324,7 @@ def quiet():
     import transformers.utils
 
     warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -1295,13 +1345,23 @@ def read_config(path):
     from omegaconf import OmegaConf
 
     try:
-        config = OmegaConf.load(path)
-        values = {name: config.get(name) for name in CONFIG_RULES}
-    except Exception as error:  # not YAML, or a list
-        raise ValueError(f"{path} is no config for MEMO ({error})") from None
-    for name, (what, is_right) in CONFIG_RULES.items():
-        if not is_right(values[name]):
-            raise ValueError(f"{path}: {name} must be {what}, not {values[name]}")
+        expected = OmegaConf.structured(Config)
+        OmegaConf.set_struct(expected, False)  # there may be more
+        values = OmegaConf.merge(expected, OmegaConf.load(path))
+        config = SimpleNamespace(**OmegaConf.to_container(values, resolve=True, throw_on_missing=True))
+    except Exception as error:  # not YAML, a list, a value that is missing or of another type
+        raise ValueError(f"{path} is no config for MEMO: {error}") from None
+    rules = {
+        "resolution": ("a multiple of 8", config.resolution > 0 and config.resolution % 8 == 0),
+        "num_generated_frames_per_clip": ("16, as in memo's pipeline", config.num_generated_frames_per_clip == 16),
+        "cfg_scale": ("above 1, as memo needs guidance", config.cfg_scale > 1),
+        "weight_dtype": ("fp32, fp16 or bf16", config.weight_dtype in DTYPES),
+    }
+    for name in ("fps", "num_init_past_frames", "num_past_frames", "inference_steps"):
+        rules[name] = "at least 1", vars(config)[name] >= 1
+    for name, (what, is_right) in rules.items():
+        if not is_right:
+            raise ValueError(f"{path}: {name} must be {what}, not {vars(config)[name]}")
     return config
 
 
@@ -1324,7 +1384,8 @@ def find_inputs(config, image=None, audio=None):
 
 
 def output_path(folder, image, audio):
-    """face_speech.mp4 in this folder, which is made. OSError if nothing can be written there."""
+    """face_speech.mp4 in this folder, which is made. OSError if no video can be written there."""
+    find_ffmpeg()
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
     stems = (os.fsencode(Path(file).stem)[:100].decode(errors="ignore") for file in (image, audio))
@@ -1335,7 +1396,9 @@ def name_setting(rel_l1_thresh=None, computed_steps=None):
     """The setting that decides, by default that of the constants: "computed_steps 10"."""
     if rel_l1_thresh is None and computed_steps is None:
         rel_l1_thresh, computed_steps = REL_L1_THRESH, COMPUTED_STEPS
-    return f"rel_l1_thresh {rel_l1_thresh}" if computed_steps is None else f"computed_steps {computed_steps}"
+    if computed_steps is None:
+        return f"rel_l1_thresh {rel_l1_thresh}"
+    return f"computed_steps {','.join(map(str, np.atleast_1d(computed_steps)))}"
 
 
 def main(argv=None):
@@ -1351,8 +1414,13 @@ def main(argv=None):
         pipeline, audio_proj = load_pipeline(config.model_name_or_path, config.vae, dtype=config.weight_dtype)
 
         schedule, began = [], time.perf_counter()
-        clips = generate(pipeline, audio_proj, inputs, config, args.seed, schedule=schedule, **settings)
-        output = write_video(clips, output, config.fps, inputs.sound)
+
+        def clips():
+            for frames in generate(pipeline, audio_proj, inputs, config, args.seed, **settings):
+                schedule.extend(pipeline.diffusion_net.teacache.schedule)
+                yield frames
+
+        output = write_video(clips(), output, config.fps, inputs.sound)
         seconds = time.perf_counter() - began
 
         setting = name_setting(**settings)

@@ -18,11 +18,14 @@ from transformers import Wav2Vec2Model
 HERE = Path(__file__).resolve().parent
 EMOTIONS = {"happy": 3, "neutral": 4, "sad": 6}  # those that it has learnt, with their labels in emotion2vec
 NUM_EMOTIONS = 9  # of emotion2vec
+SIZE, FPS = 96, 30  # of its portraits, and of the features of its example
 WINDOW = 60  # seconds that are heard at once: memory does not grow with the voice
 
 
 def preprocess_image(face_analysis_model, image_path, image_size):
     """Pixels (1, 3, size, size) in [-1, 1] and face embedding (1, 512) of one of its portraits, whatever the file is called."""
+    if image_size != SIZE:
+        raise ValueError(f"the talking emoji has a resolution of {SIZE}, not {image_size}")
     picture = np.array(Image.open(image_path).convert("RGB").resize((image_size, image_size)))
     picture = torch.from_numpy(picture).permute(2, 0, 1) / 127.5 - 1
     for name in ("example", "voices"):
@@ -44,7 +47,7 @@ def preprocess_audio(
     **ignored,
 ):
     """Features (frames, 5, blocks, channels) of a 16 kHz wav and the number of frames, filled up to whole clips."""
-    if is_example(wav_path):  # the features that it was prepared with, whatever transformers is installed
+    if is_example(wav_path) and fps == FPS:  # the features that it was prepared with, by any transformers
         audio_emb = load_file(HERE / "example.safetensors")["audio_emb"]
     else:
         audio_emb = hear(wav_path, fps, num_generated_frames_per_clip)

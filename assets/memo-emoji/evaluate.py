@@ -48,7 +48,7 @@ def speak(pipeline, audio_proj, config, voice, seed, **settings):
         num_emotion_classes=NUM_EMOTIONS,
     )
     settings = settings or {"rel_l1_thresh": 0}
-    frames, seconds, schedule = generate_all(pipeline, audio_proj, inputs, config, seed, bar=None, **settings)
+    frames, seconds, schedule = generate_all(pipeline, audio_proj, inputs, config, seed, progress=False, **settings)
     return torch.from_numpy(frames).permute(0, 3, 1, 2) / 127.5 - 1, seconds, schedule
 
 

@@ -1,5 +1,6 @@
 import math
 import subprocess
+import wave
 
 import imageio_ffmpeg
 import torch
@@ -7,8 +8,8 @@ import torch
 
 def resample_audio(input_audio_file, output_audio_file, sample_rate=16000):
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", "-i", input_audio_file]
-    result = subprocess.run([*command, "-ar", str(sample_rate), output_audio_file])
-    assert result.returncode == 0, f"Resample audio failed! Input: {input_audio_file}, Output: {output_audio_file}"
+    status = subprocess.Popen([*command, "-ar", str(sample_rate), output_audio_file]).wait()
+    assert status == 0, f"Resample audio failed! Input: {input_audio_file}, Output: {output_audio_file}"
     return output_audio_file
 
 
@@ -23,8 +24,8 @@ def preprocess_audio(
     num_generated_frames_per_clip=-1,
 ):
     """(frames, window, blocks, channels), and the frames of the sound, filled up to whole clips."""
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", wav_path, "-ac", "1", "-f", "s16le", "-"]
-    samples = len(subprocess.run(command, capture_output=True, check=True).stdout) // 2
+    with wave.open(resample_audio(wav_path, f"{cache_dir}/vocals-16k.wav", sample_rate)) as file:
+        samples = file.getnframes()
     length = math.ceil(samples / sample_rate * fps)
     length = math.ceil(length / num_generated_frames_per_clip) * num_generated_frames_per_clip
     return torch.randn(length, 5, 2, 8, generator=torch.Generator().manual_seed(length)), length
