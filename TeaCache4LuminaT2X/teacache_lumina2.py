@@ -253,7 +253,9 @@ def new_generation(model, sigmas, first=0, timesteps=None):
     if rel_l1_thresh is None and plan is None:
         rel_l1_thresh, plan = REL_L1_THRESH, COMPUTED_STEPS
     if plan is not None and np.ndim(plan) == 0:
-        plan = [first + step for step in choose_steps(sigmas[first:], int(plan))]
+        cache = TeaCacheState(sigmas, [*range(first + 1), len(sigmas) - 1], 0.0, None, timesteps)
+        cache.first, cache.count = first, int(plan)
+        return cache
     elif plan is not None:
         check_plan(plan, len(sigmas))
     coefficients = getattr(model, "coefficients", None)
@@ -331,6 +333,14 @@ class TeaCacheState:
     def begin_step(self, step, sigma, index=None):
         self.step, self.sigma, self.index = step, sigma, index
         self.branches_before, self.branches, self.calls = self.branches, [], 0
+        if (
+            getattr(self, "count", None)
+            and step == self.first + 1
+            and self.branches_before
+            and not any(branch.is_empty for branch in self.branches_before)
+        ):
+            q = decided([branch.outputs[-1][1] for branch in self.branches_before])
+            self.plan = [self.first + k for k in choose_steps(self.sigmas[self.first :], self.count, q)]
         if self.is_last_step:
             self.branches_before = []  # nothing is reused any more
         self.schedule.append(self.plan is None or step in self.plan)  # unless begin_call or accumulate change it
@@ -388,16 +398,31 @@ def rescale(change, coefficients):
     return rescaled if rescaled >= 0 or change < 0.1 else math.inf
 
 
-def choose_steps(sigmas, count):
+def decided(outputs):
+    """q, the share of the image that the first step knows already, 0 to 1. outputs: of its calls, each (batch, ...).
+
+    A velocity is image minus noise. Of the image, the network predicts what the prompt (or a reference) decides, and the
+    noise has variance 1: q is the mean square of the output, minus 1. It is 1 where all is decided, as latents have
+    variance 1 too. The call that knows most counts (with the prompt), and of a batch the image that is most open.
+    """
+    squares = torch.stack([output.float().square().flatten(1).mean(1).min() for output in outputs])
+    return min(max(squares.max().item() - 1, 0.0), 1.0)
+
+
+def choose_steps(sigmas, count, q=0.5):
     """`count` of the steps with these sigmas, the first and the last among them, with the least expected error.
 
-    The error expected of a skipped step is its length times the square of its distance from the last computed one.
-    Distance is three quarters sigma and one quarter number of steps: a scheduler takes short steps where its model
-    needs them. Dynamic programming finds the least sum.
+    The error expected of a skipped step is its length times the square of its distance from the last computed one, and
+    distance is measured as a scheduler with shift t would space its steps: many early ones for an open prompt (t = 3).
+
+        distance along  1 - s / (s + t (1 - s))        t = 3 ** (1 - 2 q), 1 for q >= 1/2        q: see `decided`
+
+    Dynamic programming finds the least sum.
     """
     num_steps = len(sigmas)
-    done = 1 - np.array(sigmas) / (sigmas[0] or 1)  # 0 at the first step, 1 at the image
-    position = 0.75 * num_steps * done + 0.25 * np.arange(num_steps)  # in mean steps
+    s = np.array(sigmas) / (sigmas[0] or 1)  # 1 at the first step, 0 at the image
+    shift = 3 ** max(1 - 2 * q, 0)
+    position = num_steps * (1 - s / (s + shift * (1 - s)))  # in mean steps
     length = np.diff(position, append=num_steps)
     errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
     costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k

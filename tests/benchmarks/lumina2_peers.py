@@ -141,11 +141,10 @@ class Lab:
         return self.images(x)
 
     def teacache(self, steps, shift, corrected, **settings):
-        """Ours, by the pipeline; one prompt at a time unless the schedule ignores the activations."""
-        parts = [self] if "computed_steps" in settings else self.each()
+        """Ours, by the pipeline; one prompt at a time, as each has steps of its own."""
         latents, computed = [], []
         with correction(corrected):
-            for part in parts:
+            for part in self.each():
                 self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
                 apply_teacache(self.pipeline, **settings)
                 latents.append(part.run_pipeline(steps))
@@ -155,8 +154,12 @@ class Lab:
         return self.images(torch.cat(latents))
 
     def skipping(self, steps, shift, rule, *settings, corrected=False):
-        """Euler's method with a rule of `skipping.py` for each image; corrected: by the corrector of the script."""
-        x, s, rules, computed = self.noise, sigmas(steps, shift), [rule(steps, *settings) for _ in self.noise], 0
+        """Euler's method with a rule of `skipping.py` for each image; corrected: by the corrector of the script.
+
+        rule: a class, or a list of one for each image.
+        """
+        rules = rule if isinstance(rule, list) else [rule] * len(self.noise)
+        x, s, rules, computed = self.noise, sigmas(steps, shift), [rule(steps, *settings) for rule in rules], 0
         correctors = [teacache_lumina2.Corrector() for _ in rules] if corrected else []
         for i in range(steps):
             outputs = [rule.skip(i, 1 - s[i], z) for rule, z in zip(rules, x)]
@@ -199,19 +202,19 @@ class Lab:
         embeddings = embed.timestep_embedder(embed.time_proj(times).to(self.noise.dtype))
         return skipping.comfyui_schedule(embeddings, threshold)
 
-    def cache_dit(self, steps, shift, calibrator=None, schedule=None, **settings):
-        """DBCache with 1 block always computed, by the pipeline. schedule: steps to compute, instead of a threshold."""
+    def cache_dit(self, steps, shift, calibrator=None, schedules=None, **settings):
+        """DBCache with 1 block always computed, by the pipeline. schedules: steps to compute, instead of a threshold."""
         import cache_dit
 
-        if schedule is not None:
-            settings |= {"steps_computation_mask": list(map(int, schedule)), "steps_computation_policy": "static"}
         calls, latents, blocks = [], [], self.pipeline.transformer.layers
         hooks = [block.register_forward_hook(lambda *_: calls.append(1)) for block in blocks]
         self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
         blockwise = {"num_inference_steps": steps, "Fn_compute_blocks": 1, "Bn_compute_blocks": 0}
         blockwise["enable_separate_cfg"] = self.calls_per_step == 2
-        parts = self.each() if schedule is None else [self]
-        for part in parts:
+        parts = self.each()
+        for part, schedule in zip(parts, schedules or parts):
+            if schedules:
+                settings |= {"steps_computation_mask": list(map(int, schedule)), "steps_computation_policy": "static"}
             config = cache_dit.DBCacheConfig(**blockwise, **settings)
             kind = getattr(cache_dit, f"{calibrator}CalibratorConfig") if calibrator else lambda: None
             options = {"taylorseer_order": 1} if calibrator == "TaylorSeer" else {}
@@ -353,23 +356,31 @@ class Measurement:
         blocks = len(self.lab.pipeline.transformer.layers)
         for target in ABOUT:  # it runs one of its blocks in a skipped step too
             k = round((target * blocks - STEPS) / (blocks - 1))
-            self.add("cache-dit, TaylorSeer, our steps", target, self.lab.cache_dit, "TaylorSeer", self.schedule(k))
+            draw = functools.partial(self.lab.cache_dit, calibrator="TaylorSeer", schedules=self.schedules(k))
+            self.add("cache-dit, TaylorSeer, our steps", target, draw)
 
-    def schedule(self, k):
-        chosen = teacache_lumina2.choose_steps(sigmas(STEPS, SHIFT)[:-1], k)
-        return [step in chosen for step in range(STEPS)]
+    def schedules(self, k):
+        """For each image, the steps that ours computes."""
+        lab, s = self.lab, sigmas(STEPS, SHIFT)
+        firsts = lab.outputs(lab.noise, s[0])
+        plans = [teacache_lumina2.choose_steps(s[:-1], k, teacache_lumina2.decided(first[:, None])) for first in firsts]
+        return [[step in plan for step in range(STEPS)] for plan in plans]
 
     def forecasts(self):
         """On the steps that ours computes."""
         lab, trajectory = self.lab, self.fitting.trajectory(STEPS, SHIFT)
         for corrected, suffix in ((False, ""), (True, ", our correction")):
             for k in (*ABOUT, 6):
-                schedule = self.schedule(k)
-                weights = skipping.L2P.fit(trajectory, schedule)
                 draw = functools.partial(lab.skipping, corrected=corrected)
-                self.add(f"L2P, our steps{suffix}", k, draw, skipping.L2P, schedule, weights)
+                fitted = functools.cache(lambda schedule: skipping.L2P.fit(trajectory, schedule))
+                rules = [
+                    functools.partial(skipping.L2P, schedule=schedule, weights=fitted(tuple(schedule)))
+                    for schedule in self.schedules(k)
+                ]
+                self.add(f"L2P, our steps{suffix}", k, draw, rules)
         for k in (*ABOUT, 6):
-            self.add("FoCa, our steps", k, lab.skipping, skipping.FoCa, self.schedule(k))
+            rules = [functools.partial(skipping.FoCa, schedule=schedule) for schedule in self.schedules(k)]
+            self.add("FoCa, our steps", k, lab.skipping, rules)
 
     def all(self):
         self.add("uncached", STEPS, self.lab.euler)
