@@ -409,20 +409,21 @@ def decided(outputs):
     return min(max(squares.max().item() - 1, 0.0), 1.0)
 
 
-def choose_steps(sigmas, count, q=0.5):
+def choose_steps(sigmas, count, q=1.0):
     """`count` of the steps with these sigmas, the first and the last among them, with the least expected error.
 
-    The error expected of a skipped step is its length times the square of its distance from the last computed one, and
-    distance is measured as a scheduler with shift t would space its steps: many early ones for an open prompt (t = 3).
+    The error expected of a skipped step is its length times the square of its distance from the last computed one.
+    Both are measured along 1 - s / (s + t (1 - s)), evenly spaced steps of a scheduler with shift t. Where the first step
+    knows the image, t is 1, which is sigma. Where much is open, the first steps decide it, and t is 3:
 
-        distance along  1 - s / (s + t (1 - s))        t = 3 ** (1 - 2 q), 1 for q >= 1/2        q: see `decided`
+        t = 3 ** (2 - 5 q), kept between 1 and 3        q: see `decided`
 
     Dynamic programming finds the least sum.
     """
     num_steps = len(sigmas)
     s = np.array(sigmas) / (sigmas[0] or 1)  # 1 at the first step, 0 at the image
-    shift = 3 ** max(1 - 2 * q, 0)
-    position = num_steps * (1 - s / (s + shift * (1 - s)))  # in mean steps
+    t = 3 ** min(max(2 - 5 * q, 0), 1)
+    position = num_steps * (1 - s / (s + t * (1 - s)))  # in mean steps
     length = np.diff(position, append=num_steps)
     errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
     costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k

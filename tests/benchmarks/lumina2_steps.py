@@ -28,23 +28,23 @@ from lumina2_peers import STEPS, Lab, psnr, sigmas
 from lumina2_peers import teacache_lumina2 as teacache
 
 CELLS = (  # guidance, shift, computed steps
-    *((4.0, 6.0, k) for k in (15, 12, 10, 8, 6, 5)),
-    *((4.0, 2.0, k) for k in (12, 10, 8)),
-    *((4.0, 1.0, k) for k in (15, 10, 8, 6)),
+    *((4.0, 6.0, k) for k in (15, 10, 8, 6, 5)),
+    *((4.0, 2.0, k) for k in (10, 8)),
+    *((4.0, 1.0, k) for k in (12, 8, 6)),
     *((4.0, 3.0, k) for k in (8,)),
     *((8.0, 2.0, k) for k in (10, 8, 6)),
     *((1.0, 6.0, k) for k in (8,)),
 )
-BEFORE, USED = "three quarters sigma", "t = 3 ** (1 - 2 q)"
+BEFORE, USED = "three quarters sigma", "t = 3 ** (2 - 5 q), 1 to 3"
 CHOICES = {
     BEFORE: {"share": 0.75},
     USED: {},
     "t = 1": {"top": 1.0},
-    "t = 3": {"until": math.inf},
-    "t = 2 ** (1 - 2 q)": {"top": 2.0},
-    "t = 4 ** (1 - 2 q)": {"top": 4.0},
-    "t = 3 ** (1 - 3 q)": {"until": 1 / 3},
-    "t = 3 ** (1 - q)": {"until": 1.0},
+    "t = 3": {"falls": (1.0, 2.0)},
+    "t = 2 ** (2 - 5 q), 1 to 2": {"top": 2.0},
+    "t = 4 ** (2 - 5 q), 1 to 4": {"top": 4.0},
+    "t = 3 ** (1 - 2 q), 1 to 3": {"falls": (0.0, 0.5)},
+    "t = 3 to q = 0.3, then 1": {"falls": (0.299, 0.301)},
     "the last gap counts once": {"last": 1},
     "the last gap counts four times": {"last": 4},
     "the first gap counts half": {"first": 0.5},
@@ -53,11 +53,14 @@ CHOICES = {
 }
 
 
-def choose(s, count, q, share=None, top=3.0, until=0.5, last=2, first=1.0, power=2.0):
-    """`choose_steps` with its constants open. share: of sigma, where the rest of the distance is the number of steps."""
+def choose(s, count, q, share=None, top=3.0, falls=(0.2, 0.4), last=2, first=1.0, power=2.0):
+    """`choose_steps` with its constants open. falls: the q from which, and to which, t falls from `top` to 1.
+
+    share: the distance before, so much of sigma, the rest of the number of steps.
+    """
     num_steps, s = len(s), np.array(s) / s[0]
-    shift = top ** max(1 - q / until, 0)
-    position = num_steps * (1 - s / (s + shift * (1 - s)))
+    t = top ** min(max((falls[1] - q) / (falls[1] - falls[0]), 0), 1)
+    position = num_steps * (1 - s / (s + t * (1 - s)))
     if share is not None:
         position = share * num_steps * (1 - s) + (1 - share) * np.arange(num_steps)
     length = np.diff(position, append=num_steps)
@@ -172,7 +175,7 @@ def main():
                 row[name] = made[name, own, shift].measure(count, **constants)
             results.add(key, **row)
         print(f"{guidance:g}, {shift:g}, {count}: {time.process_time() - began:.0f} s", file=sys.stderr, flush=True)
-    for q in (0.0, 0.2, 0.4, 1.0):
+    for q in (0.0, 0.3, 0.35, 1.0):
         assert list(choose(sigmas(STEPS, 6.0)[:-1], 8, q)) == teacache.choose_steps(sigmas(STEPS, 6.0)[:-1], 8, q)
     show(results.rows)
 
