@@ -47,6 +47,7 @@ import tempfile
 import time
 import warnings
 import wave
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace

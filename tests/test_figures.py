@@ -58,7 +58,7 @@ def test_ties_and_what_is_compared(tmp_path):
     (tmp_path / "peers_rounding.json").write_text(json.dumps({"about": about, "rows": rows}), encoding="utf-8")
     lines = render.peers_lumina2(render.load(tmp_path), "rounding").splitlines()[2:]
     shown = [line.strip("| ").split(" | ") for line in lines]
-    assert shown[0][3:] == ["49.0 (48.0)", "46.0 (46.0)", "48.0 (46.0)"] and shown[0][:2] == ["computed_steps", "15"]
+    assert shown[0][3:6] == ["49.0 (48.0)", "46.0 (46.0)", "48.0 (46.0)"] and shown[0][:2] == ["computed_steps", "15"]
     assert shown[2][-1] == "15: tie (+0.0 ± 0.2)"
     assert shown[3][-1] == "10: -9.6 ± 0.5" and lines[4].endswith("|  |")
 
@@ -69,9 +69,9 @@ def test_statistics():
 
 
 def test_other_prompts_are_others():
-    groups = [*prompts.known(MODEL).values(), prompts.NEW, prompts.MORE_NEW]
+    groups = [*prompts.known(MODEL).values(), prompts.NEW, prompts.MORE_NEW, prompts.OPEN]
     every = [prompt for group in groups for prompt in group]
-    assert len(every) == len(set(every)) and [len(group) for group in groups] == [8, 4, 8, 16, 8]
+    assert len(every) == len(set(every)) and [len(group) for group in groups] == [8, 4, 8, 16, 8, 8]
 
 
 def test_new_prompts_are_new():

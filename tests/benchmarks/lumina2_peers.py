@@ -2,11 +2,13 @@
 
     python tests/benchmarks/lumina2_peers.py --table shift6         # float32, against the uncached float32 image
     python tests/benchmarks/lumina2_peers.py --table rounding       # bfloat16, against the same
+    python tests/benchmarks/lumina2_peers.py --group open           # other prompts, of either table: open, or empty
     python tests/benchmarks/lumina2_peers.py --plot                 # of both, into assets/peers.png
     python tests/benchmarks/lumina2_peers.py --model PATH --prompts FILE
 
-The two tables are two files in `results`, and may be measured by two processes at once. Each method draws the same prompts:
-captions of the training set, and new ones. A threshold is the published one, or one that computes about 15, 10 or 8 steps of
+Each table and group of prompts is a file in `results`, and may be measured by a process of its own. Each method draws the
+same prompts: captions of the training set and new ones (clear), open ones, and the empty prompt without guidance. What is
+set or fitted for the clear prompts, which come first, holds for all: a threshold is the published one, or one that computes about 15, 10 or 8 steps of
 one of the prompts; what has to be fitted is fitted on four other captions. A pass is one evaluation of the guided network;
 passes of methods that decide by themselves are means. Rows are written as they are done, and a run that was stopped goes on;
 `render.py` makes tables of them, and the paired differences.
@@ -42,7 +44,8 @@ from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache, remove_teacache 
 STEPS, SHIFT = 30, 6.0  # of the real model
 OURS = 15, 12, 10, 8, 6  # computed of 30 steps
 ABOUT = 15, 10, 8  # passes of the others
-TABLES = {"shift6": ("peers.json", torch.float32), "rounding": ("peers_rounding.json", torch.bfloat16)}
+TABLES = {"shift6": ("peers", torch.float32), "rounding": ("peers_rounding", torch.bfloat16)}
+GROUPS = {"clear": "", "open": "_open", "empty": "_empty"}  # and what their files add to the name of the table's
 
 
 class Lab:
@@ -50,6 +53,7 @@ class Lab:
 
     def __init__(self, pipeline, prompts, guidance, seed):
         self.pipeline, self.guidance, self.passes = pipeline, guidance, 0.0
+        self.calls_per_step = 2 if guidance > 1 else 1
         embeds = pipeline.encode_prompt(prompts, True, negative_prompt=[""] * len(prompts))
         longest = int(embeds[1].sum(1).max())  # padding costs time and changes nothing
         self.embeds = [x[:, :longest] for x in embeds]  # with the prompt, its mask, without, its mask
@@ -71,8 +75,9 @@ class Lab:
         """(prompts, 2, channels, height, width): of the network with the prompt, and without."""
         timestep = torch.full((len(x),), 1 - float(sigma), device=x.device)
         embeds = [e[rows] for e in self.embeds]
-        calls = (self.pipeline.transformer(x, timestep, *pair, return_dict=False) for pair in (embeds[:2], embeds[2:]))
-        return torch.stack([output for (output,) in calls], 1)
+        pairs = (embeds[:2], embeds[2:])[: self.calls_per_step]
+        calls = [self.pipeline.transformer(x, timestep, *pair, return_dict=False)[0] for pair in pairs]
+        return torch.stack([calls[0], calls[-1]], 1)  # without guidance, the same twice
 
     def guide(self, outputs):
         """Guided and normalised as in the pipeline; from noise to image."""
@@ -136,11 +141,10 @@ class Lab:
         return self.images(x)
 
     def teacache(self, steps, shift, corrected, **settings):
-        """Ours, by the pipeline; one prompt at a time unless the schedule ignores the activations."""
-        parts = [self] if "computed_steps" in settings else self.each()
+        """Ours, by the pipeline; one prompt at a time, as each has steps of its own."""
         latents, computed = [], []
         with correction(corrected):
-            for part in parts:
+            for part in self.each():
                 self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
                 apply_teacache(self.pipeline, **settings)
                 latents.append(part.run_pipeline(steps))
@@ -150,8 +154,12 @@ class Lab:
         return self.images(torch.cat(latents))
 
     def skipping(self, steps, shift, rule, *settings, corrected=False):
-        """Euler's method with a rule of `skipping.py` for each image; corrected: by the corrector of the script."""
-        x, s, rules, computed = self.noise, sigmas(steps, shift), [rule(steps, *settings) for _ in self.noise], 0
+        """Euler's method with a rule of `skipping.py` for each image; corrected: by the corrector of the script.
+
+        rule: a class, or a list of one for each image.
+        """
+        rules = rule if isinstance(rule, list) else [rule] * len(self.noise)
+        x, s, rules, computed = self.noise, sigmas(steps, shift), [rule(steps, *settings) for rule in rules], 0
         correctors = [teacache_lumina2.Corrector() for _ in rules] if corrected else []
         for i in range(steps):
             outputs = [rule.skip(i, 1 - s[i], z) for rule, z in zip(rules, x)]
@@ -179,7 +187,7 @@ class Lab:
     def skipping_blocks(self, steps, shift, schedule):
         """By the pipeline: the layers run in the steps of the schedule only. See `skipping.Blocks`."""
         transformer = self.pipeline.transformer
-        layers, blocks = transformer.layers, skipping.Blocks(transformer.layers, schedule)
+        layers, blocks = transformer.layers, skipping.Blocks(transformer.layers, schedule, self.calls_per_step)
         transformer.layers = torch.nn.ModuleList([blocks])
         try:
             latents = self.draw(steps, shift)
@@ -194,18 +202,19 @@ class Lab:
         embeddings = embed.timestep_embedder(embed.time_proj(times).to(self.noise.dtype))
         return skipping.comfyui_schedule(embeddings, threshold)
 
-    def cache_dit(self, steps, shift, calibrator=None, schedule=None, **settings):
-        """DBCache with 1 block always computed, by the pipeline. schedule: steps to compute, instead of a threshold."""
+    def cache_dit(self, steps, shift, calibrator=None, schedules=None, **settings):
+        """DBCache with 1 block always computed, by the pipeline. schedules: steps to compute, instead of a threshold."""
         import cache_dit
 
-        if schedule is not None:
-            settings |= {"steps_computation_mask": list(map(int, schedule)), "steps_computation_policy": "static"}
         calls, latents, blocks = [], [], self.pipeline.transformer.layers
         hooks = [block.register_forward_hook(lambda *_: calls.append(1)) for block in blocks]
         self.pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
         blockwise = {"num_inference_steps": steps, "Fn_compute_blocks": 1, "Bn_compute_blocks": 0}
-        parts = self.each() if schedule is None else [self]
-        for part in parts:
+        blockwise["enable_separate_cfg"] = self.calls_per_step == 2
+        parts = self.each()
+        for part, schedule in zip(parts, schedules or parts):
+            if schedules:
+                settings |= {"steps_computation_mask": list(map(int, schedule)), "steps_computation_policy": "static"}
             config = cache_dit.DBCacheConfig(**blockwise, **settings)
             kind = getattr(cache_dit, f"{calibrator}CalibratorConfig") if calibrator else lambda: None
             options = {"taylorseer_order": 1} if calibrator == "TaylorSeer" else {}
@@ -216,7 +225,7 @@ class Lab:
                 cache_dit.disable_cache(self.pipeline)
         for hook in hooks:
             hook.remove()
-        self.passes = len(calls) / (2 * len(blocks) * len(parts))
+        self.passes = len(calls) / (self.calls_per_step * len(blocks) * len(parts))
         return self.images(torch.cat(latents))
 
 
@@ -253,10 +262,9 @@ def tune(passes_of, target, tries=8):
 class Measurement:
     """The rows of one table."""
 
-    def __init__(self, lab, fitting, reference, results):
-        self.lab, self.fitting, self.reference, self.results = lab, fitting, reference, results
-        self.few = lab.select([len(lab.noise) // 2])  # for tuning
-        self.found = {}  # thresholds
+    def __init__(self, lab, few, fitting, reference, results, thresholds):
+        self.lab, self.few, self.fitting, self.reference, self.results = lab, few, fitting, reference, results
+        self.found = thresholds  # {key of a row: threshold}
 
     def add(self, method, setting, draw, *args, steps=STEPS, threshold=None, **settings):
         """Draws with `draw(steps, shift, *args)`, a method of the lab; a setting is what a row is called."""
@@ -279,10 +287,10 @@ class Measurement:
         if published is not None:
             self.add(method, published, *draw_with(published))
         for target in about:
-            if record.slug(method, f"about {target}") not in self.results.rows:
-                if (passes_of, target) not in self.found:
-                    self.found[passes_of, target] = tune(passes_of, target)
-                threshold = self.found[passes_of, target]
+            key = record.slug(method, f"about {target}")
+            if key not in self.results.rows:
+                tuned = self.found.get(key) or self.found.get((passes_of, target)) or tune(passes_of, target)
+                threshold = self.found[passes_of, target] = float(tuned)
                 self.add(method, f"about {target}", *draw_with(threshold), threshold=f"{threshold:g}")
 
     def ours(self):
@@ -348,23 +356,34 @@ class Measurement:
         blocks = len(self.lab.pipeline.transformer.layers)
         for target in ABOUT:  # it runs one of its blocks in a skipped step too
             k = round((target * blocks - STEPS) / (blocks - 1))
-            self.add("cache-dit, TaylorSeer, our steps", target, self.lab.cache_dit, "TaylorSeer", self.schedule(k))
+            draw = functools.partial(self.lab.cache_dit, calibrator="TaylorSeer", schedules=self.schedules(k))
+            self.add("cache-dit, TaylorSeer, our steps", target, draw)
 
-    def schedule(self, k):
-        chosen = teacache_lumina2.choose_steps(sigmas(STEPS, SHIFT)[:-1], k)
-        return [step in chosen for step in range(STEPS)]
+    def schedules(self, k):
+        """For each image, the steps that ours computes."""
+        lab, s = self.lab, sigmas(STEPS, SHIFT)
+        firsts = lab.outputs(lab.noise, s[0])
+        plans = [
+            teacache_lumina2.choose_steps(s[:-1], k, teacache_lumina2.measure_decided(first[:, None]))
+            for first in firsts
+        ]
+        return [[step in plan for step in range(STEPS)] for plan in plans]
 
     def forecasts(self):
         """On the steps that ours computes."""
         lab, trajectory = self.lab, self.fitting.trajectory(STEPS, SHIFT)
         for corrected, suffix in ((False, ""), (True, ", our correction")):
             for k in (*ABOUT, 6):
-                schedule = self.schedule(k)
-                weights = skipping.L2P.fit(trajectory, schedule)
                 draw = functools.partial(lab.skipping, corrected=corrected)
-                self.add(f"L2P, our steps{suffix}", k, draw, skipping.L2P, schedule, weights)
+                fitted = functools.cache(lambda schedule: skipping.L2P.fit(trajectory, schedule))
+                rules = [
+                    functools.partial(skipping.L2P, schedule=schedule, weights=fitted(tuple(schedule)))
+                    for schedule in self.schedules(k)
+                ]
+                self.add(f"L2P, our steps{suffix}", k, draw, rules)
         for k in (*ABOUT, 6):
-            self.add("FoCa, our steps", k, lab.skipping, skipping.FoCa, self.schedule(k))
+            rules = [functools.partial(skipping.FoCa, schedule=schedule) for schedule in self.schedules(k)]
+            self.add("FoCa, our steps", k, lab.skipping, rules)
 
     def all(self):
         self.add("uncached", STEPS, self.lab.euler)
@@ -396,7 +415,7 @@ def plot(path):
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     titles = {"shift6": "float32, to uncached float32", "rounding": "bfloat16, to uncached float32"}
     for axes, (table, title) in zip(figure.subplots(1, 2), titles.items()):
-        rows = json.loads((record.RESULTS / TABLES[table][0]).read_text(encoding="utf-8"))["rows"].values()
+        rows = read_rows(TABLES[table][0]).values()
         for method, (color, line, marker, label) in looks.items():
             same = [r for r in rows if r["method"] == method and r["passes"] < 17]
             points = sorted((r["passes"], statistics.mean(r["float32"])) for r in same)
@@ -413,6 +432,12 @@ def plot(path):
     figure.savefig(path, dpi=110, format="png")
 
 
+def read_rows(name):
+    """What was measured of a table and group of prompts."""
+    path = record.RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
+
+
 def load(model, dtype):
     pipeline = Lumina2Pipeline.from_pretrained(model, torch_dtype=dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -420,12 +445,14 @@ def load(model, dtype):
 
 
 def read_prompts(args):
-    """Three lists: known to the model, new to it, and those for fitting."""
+    """{group: prompts}: known to the model, new to it, those for fitting, open ones and empty ones."""
     if args.prompts:
         lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return lines[4 : 4 + args.count], [], lines[:4]
-    groups = prompts.known(args.model)
-    return groups["peers"][: args.count], prompts.NEW[: args.new], groups["fitting"]
+        groups = {"known": lines[4 : 4 + args.count], "new": [], "fitting": lines[:4]}
+    else:
+        known = prompts.known(args.model)
+        groups = {"known": known["peers"][: args.count], "new": prompts.NEW[: args.new], "fitting": known["fitting"]}
+    return {**groups, "open": prompts.OPEN, "empty": prompts.EMPTY}
 
 
 @torch.no_grad()
@@ -433,6 +460,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--table", choices=TABLES, default="shift6")
+    add("--group", choices=GROUPS, default="clear", help="of prompts; start with clear, which sets the thresholds")
     add("--plot", action="store_true", help="draw nothing, plot what there is")
     add("--model", type=Path, default=teacache_lumina2.BUNDLED_MODEL, help="folder of a Lumina2Pipeline")
     add("--prompts", type=Path, help="one per line, the first four for fitting; default: those of prompts.py")
@@ -446,19 +474,25 @@ def main():
         plot(ROOT / "assets" / "peers.png")
         return
     name, dtype = TABLES[args.table]
-    known, new, fitting = read_prompts(args)
+    groups = read_prompts(args)
+    clear = groups["known"] + groups["new"]
     packages = ["transformers", *["cache-dit"] * bool(importlib.util.find_spec("cache_dit"))]
-    about = {"model": args.model.name, "table": args.table, "known": known, "new": new, "fitting": fitting}
-    about |= {"guidance": args.guidance_scale, "shift": SHIFT, "seed": args.seed}
-    results = record.Record(args.output or record.RESULTS / name, packages, **about)
+    shown = ("known", "new") if args.group == "clear" else (args.group,)
+    guidance = 1.0 if args.group == "empty" else args.guidance_scale
+    about = {"model": args.model.name, "table": args.table, **{g: groups[g] for g in (*shown, "fitting")}}
+    about |= {"guidance": guidance, "shift": SHIFT, "seed": args.seed}
+    results = record.Record(args.output or record.RESULTS / f"{name}{GROUPS[args.group]}.json", packages, **about)
+    thresholds = {key: row["threshold"] for key, row in read_rows(name).items() if "threshold" in row}
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     pipeline = load(args.model, torch.float32)
-    reference = Lab(pipeline, known + new, args.guidance_scale, args.seed).euler(STEPS, SHIFT)
+    drawn = sum((groups[g] for g in shown), [])
+    reference = Lab(pipeline, drawn, guidance, args.seed).euler(STEPS, SHIFT)
     if dtype != torch.float32:
         pipeline = load(args.model, dtype)
-    labs = [Lab(pipeline, p, args.guidance_scale, seed) for p, seed in ((known + new, args.seed), (fitting, 1000))]
-    measurement = Measurement(*labs, reference, results)
+    lab, few = Lab(pipeline, drawn, guidance, args.seed), Lab(pipeline, clear, args.guidance_scale, args.seed)
+    fitting = Lab(pipeline, groups["fitting"], args.guidance_scale, 1000)
+    measurement = Measurement(lab, few.select([len(clear) // 2]), fitting, reference, results, thresholds)
     measurement.all()
     if dtype == torch.float32:
         measurement.solvers()

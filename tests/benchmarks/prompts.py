@@ -1,4 +1,8 @@
-"""The prompts of the benchmarks of Lumina2: no prompt is in two groups, so that a page may call one of them "others"."""
+"""The prompts of the benchmarks of Lumina2: no prompt is in two groups, so that a page may call one of them "others".
+
+Known ones are captions of the training set, new ones combinations of its words, open ones single words that leave much
+open. EMPTY is drawn without guidance: the model has nothing to go by.
+"""
 
 import random
 
@@ -31,6 +35,9 @@ bear with a guitar
 a blue car in the rain
 robot with a cake
 """.splitlines()
+
+OPEN = "face animal food person plant building symbol vehicle".split()
+EMPTY = [""] * 8
 
 SIZES = {"peers": 8, "fitting": 4, "correction": 8}
 

@@ -32,6 +32,9 @@ CODE = r"^```.*?^```|<!--.*?-->|^\|[^\n]*$|`[^`\n]*`|\]\([^)]*\)"  # and tables,
 BLOCK = re.compile(r"(<!-- results: ([\w ]+?) -->\n).*?(<!-- end -->)", re.S)
 
 
+OTHER_GROUPS = "open", "empty"  # of prompts, beside the known and the new ones: see prompts.py
+
+
 class NotMeasured(Exception):
     """There is no file of this name."""
 
@@ -53,6 +56,10 @@ def load(folder=RESULTS):
         for row in whole["rows"].values():
             row.known = known  # as many of its prompts come first
         found[path.stem] = SimpleNamespace(**whole)
+    for name, group in itertools.product([*found], OTHER_GROUPS):  # measured in files of their own, beside
+        if f"{name}_{group}" in found:
+            for key, other in found[f"{name}_{group}"].rows.items():
+                setattr(found[name].rows.get(key, other), group, other)
     return found
 
 
@@ -69,10 +76,19 @@ def mean(values):
     return statistics.mean(flat(values))
 
 
-def of_prompts(row, to, of="all"):
-    """The dB of all images or clips, or of a group of prompts."""
-    group = {"known": slice(None, row.known), "new": slice(row.known, None), "all": slice(None)}[of]
+def of_prompts(row, to, of="both"):
+    """The dB of all images or clips, or of a group of prompts; none, if it was not drawn."""
+    if of in OTHER_GROUPS:
+        other = getattr(row, of, None)
+        return flat(getattr(other, to)) if other else []
+    group = {"known": slice(None, row.known), "new": slice(row.known, None), "both": slice(None)}[of]
     return flat(getattr(row, to)[group])
+
+
+def passes(row):
+    """ "15.0", or with the passes of the other groups of prompts, where they are others: "15.2, 16.9, 12.0"."""
+    every = [f"{r.passes:.1f}" for r in (row, *(getattr(row, of, None) for of in OTHER_GROUPS)) if r]
+    return ", ".join(every if len(set(every)) > 1 else every[:1])
 
 
 def rmse_mean(values):
@@ -86,8 +102,9 @@ def worst(values, share=4):
 
 
 def paired(row, other, to):
-    """By how much a row is closer than another on the same prompts: mean, and its standard error."""
-    differences = [a - b for a, b in zip(of_prompts(row, to), of_prompts(other, to))]
+    """By how much a row is closer than another on the same prompts, those of all groups: mean, and its standard error."""
+    pairs = [pair for of in ("both", *OTHER_GROUPS) for pair in zip(of_prompts(row, to, of), of_prompts(other, to, of))]
+    differences = [a - b for a, b in pairs]
     return mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
@@ -107,7 +124,7 @@ def markdown(head, rows):
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]]) + "\n"
 
 
-def cell(row, to, of="all"):
+def cell(row, to, of="both"):
     """ "66.8 (61.7)": mean and least."""
     values = of_prompts(row, to, of)
     return f"{mean(values):.1f} ({min(values):.1f})" if values and min(values) < 98.5 else "equal" if values else ""
@@ -131,7 +148,13 @@ def is_ours(row):
     return row.method.startswith("computed_steps")
 
 
-GROUPS = "known", "new", "all"
+GROUPS = {  # what their columns are called
+    "known": "known prompts",
+    "new": "new prompts",
+    "both": "known and new",
+    "open": "open prompts",
+    "empty": "no prompt",
+}
 AGAINST = "`computed_steps` against it"
 READING = {"L2P": " (our reading of its abstract)"}
 FLOAT32 = "uncached", "computed_steps", "plain", "Adams", "UniPC", "DPM"  # methods that are shown in float32, too
@@ -142,10 +165,10 @@ def peers_lumina2(results, table):
     rows = results[{"shift6": "peers", "rounding": "peers_rounding"}[table]].rows.values()
     shown = rows if table == "rounding" else [r for r in rows if r.method.startswith(FLOAT32)]
     shown = [
-        [r.method, setting(r), f"{r.passes:.1f}", *(cell(r, "float32", of) for of in GROUPS), difference(r, rows)]
+        [r.method, setting(r), passes(r), *(cell(r, "float32", of) for of in GROUPS), difference(r, rows)]
         for r in shown
     ]
-    return markdown(["method", "setting", "passes", "known prompts", "new prompts", "all", AGAINST], shown)
+    return markdown(["method", "setting", "passes", *GROUPS.values(), AGAINST], shown)
 
 
 def peers_memo(results):
@@ -182,11 +205,8 @@ def front_lumina2(results):
         (f"best published at about 10: {rival.method}{READING.get(rival.method[:3], '')}", None),
     ]
     rows = [(name, found[key] if key else rival) for name, key in rows]
-    shown = [
-        [n, f"{r.passes:.1f}", *(cell(r, "float32", of) for of in GROUPS), difference(r, found.values())]
-        for n, r in rows
-    ]
-    return markdown(["", "passes", "known prompts", "new prompts", "all", AGAINST], shown)
+    shown = [[n, passes(r), *(cell(r, "float32", of) for of in GROUPS), difference(r, found.values())] for n, r in rows]
+    return markdown(["", "passes", *GROUPS.values(), AGAINST], shown)
 
 
 def front_memo(results):
@@ -221,10 +241,32 @@ def correction(results):
         yield from (f"{row.guidance:g}, {row.shift:g}", row.way, f"{row.passes_corrected:.1f}")
         for of in statistics_of.values():
             yield f"{of(row.not_corrected):.1f} to {of(row.corrected):.1f}"
+        for group in OTHER_GROUPS:
+            other = getattr(row, group, None)
+            cut = statistics_of["mean, each cut at 46 dB"]
+            yield f"{cut(other.not_corrected):.1f} to {cut(other.corrected):.1f}" if other else ""
         yield f"{sum(a > b for a, b in zip(row.corrected, row.not_corrected))} of {len(row.corrected)}"
 
-    head = ["guidance, shift", "setting", "passes", *statistics_of, "closer in"]
+    others = [f"{GROUPS[group]}, cut" for group in OTHER_GROUPS]
+    head = ["guidance, shift", "setting", "passes", *statistics_of, *others, "closer in"]
     return markdown(head, [list(cells(row)) for row in results["correction"].rows.values()])
+
+
+def steps(results):
+    """Each choice of steps: over all cells, the mean of each group, each image cut at 46 dB."""
+    rows = results["steps"].rows.values()
+    groups = [group for group in GROUPS if any(hasattr(row, group) for row in rows)]
+    before, shown = None, []
+    for choice in dict.fromkeys(row.choice for row in rows):
+        of = {g: flat([getattr(r, g) for r in rows if r.choice == choice and hasattr(r, g)]) for g in groups}
+        means = [mean([min(dB, 46.0) for dB in of[g]]) for g in groups]
+        before = before or means
+        every = flat([*of.values()])
+        below = sum(dB < 30 for dB in every) / len(every)
+        gain = min(a - b for a, b in zip(means, before))
+        shown.append([choice, *(f"{m:.2f}" for m in means), f"{gain:+.2f}", f"{below:.1%}"])
+    head = ["choice", *(GROUPS[g] for g in groups), "least gain", "images below 30 dB"]
+    return markdown(head, shown)
 
 
 def compare_lumina2(results):
@@ -286,7 +328,7 @@ def measured_on(results, *names):
 TABLES = {
     f.__name__: f
     for f in (
-        *(peers_lumina2, peers_memo, front_lumina2, front_memo, correction),
+        *(peers_lumina2, peers_memo, front_lumina2, front_memo, correction, steps),
         *(compare_lumina2, compare_memo, real_size, real_size_parts, measured_on),
     )
 }

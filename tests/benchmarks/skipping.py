@@ -130,15 +130,16 @@ class L2P:
 class Blocks(torch.nn.Module):
     """In the place of the layers of the transformer: skips them by a schedule, and adds their last residual.
 
-    Counts on two calls in each step. `ratios`: of the norms of the residuals of successive computed steps, by token.
+    calls_per_step: 2 with guidance. `ratios`: of the norms of the residuals of successive computed steps, by token.
     """
 
-    def __init__(self, layers, schedule):
+    def __init__(self, layers, schedule, calls_per_step=2):
         super().__init__()
-        self.layers, self.schedule, self.calls, self.residuals, self.ratios = layers, schedule, 0, [None, None], []
+        self.layers, self.schedule, self.calls, self.ratios = layers, schedule, 0, []
+        self.residuals = [None] * calls_per_step
 
     def forward(self, hidden_states, *args):
-        step, branch = divmod(self.calls, 2)
+        step, branch = divmod(self.calls, len(self.residuals))
         self.calls += 1
         if not self.schedule[step]:
             return hidden_states + self.residuals[branch]
