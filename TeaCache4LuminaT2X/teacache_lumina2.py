@@ -111,7 +111,7 @@ def teacache_forward(
     should_calc = cache.should_calc()
     if should_calc is False and cache.plan is not None:
         output = extrapolate(cache.branch.outputs, cache.sigma)
-        cache.end_call()
+        cache.close_call()
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
     # ---- end of TeaCache ----
 
@@ -170,7 +170,7 @@ def teacache_forward(
         output.append(patches.permute(4, 0, 2, 1, 3).reshape(self.out_channels, height, width))
     output = torch.stack(output)
 
-    cache.end_call(output, residual)  # TeaCache: for the steps that are skipped
+    cache.close_call(output, residual)  # TeaCache: for the steps that are skipped
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
@@ -289,7 +289,7 @@ class Corrector:
     def correction(self, velocity, sigma, next_sigma, is_computed, kind):
         """What to add to the latents after this step: the formula above, 0 after a skipped step.
 
-        kind: of what the velocity is made. Where it changes (guidance has ended, say), this begins anew.
+        kind: the calls of which the velocity is made. Where they change (guidance has ended, say), this begins anew.
         """
         if self.kind != kind:
             self.computed, self.skipped, self.kind = [], [], kind
@@ -323,33 +323,35 @@ def interpolate(points, s):
 class TeaCacheState:
     """One generation of a network: `print(model.teacache)` shows which steps were computed.
 
-    An image is its latents. A call on the latents of the running step is one more call of it, and a call on those that
-    the scheduler has made of them begins the next step. On any others a new image begins, whose first step is computed:
-    strange loops become slow, never wrong.
+    An image is its latents. A call on the latents of the running step is one more call of it. A call on what the
+    scheduler has made of them, or on something near that, begins the next step. Any other call begins a new image,
+    whose first step is computed: strange loops become slow, never wrong.
     """
 
     def __init__(self, sigmas=(), plan=None, rel_l1_thresh=0.0, coefficients=None, timesteps=None, count=None):
         self.sigmas = sigmas  # of all steps: 1 is noise, 0 the image
         self.plan = plan  # with computed_steps: which they are
         self.count = count  # with a number of them, which are chosen at the end of the first step
-        self.decided = None  # what it has measured, see measure_decided
+        self.decided = None  # what that step has measured, see measure_decided
         self.rel_l1_thresh = rel_l1_thresh
         self.coefficients = coefficients
-        self.timesteps = timesteps  # the scheduler's own tensor; None: a network alone
+        self.timesteps = timesteps  # the scheduler's own tensor; None: without a scheduler
         self.halted = None  # why nothing is skipped any more
         self.is_on = False  # whether this call may be skipped, and leaves what later ones reuse
         self.schedule = []  # one entry a step: whether it was computed
+        self.in_turns = False  # whether another image was at the same step just before
+        self.rivals = []  # without a scheduler: their latents
         # of the running step
         self.step, self.sigma, self.index = -1, -math.inf, None  # none yet; index: the scheduler's
-        self.time, self.latents = None, None  # as its first call was given them
+        self.sigma_given, self.latents, self.version = None, None, None  # by its first call
         self.is_computed = None  # what was decided in its first call
-        self.call = None  # the running one: its branch, latents and conditioning
+        self.is_partial = False  # whether it began with a call that was not its first
+        self.branch = None  # of the running call
         self.branches = []  # of the calls that have ended
         self.has_skipped = False  # whether one of them was skipped
         self.moved = None  # Moved: its latents, once the scheduler has ended it
         # of the steps before
         self.branches_before, self.moved_before = [], None
-        self.kind = 0  # rises where the calls of a step are not those of the step before
         self.previous_modulated_input = None  # with a threshold: of the first call
         self.accumulated_rel_l1_distance = 0.0  # since the last computed step
         self.corrector = Corrector()
@@ -370,19 +372,16 @@ class TeaCacheState:
     def by_threshold(self):
         return self.is_on and self.plan is None
 
-    @property
-    def branch(self):
-        """Of the running call."""
-        return self.call[0]
-
     # ---- steps ----
 
-    def begin_step(self, step, sigma, index=None, time=None, latents=None):
+    def begin_step(self, step, sigma, index=None, sigma_given=None, latents=None):
         self.choose_steps()
-        self.step, self.sigma, self.index, self.time, self.latents = step, sigma, index, time, latents
-        self.branches_before, self.branches = self.branches, []
+        self.step, self.sigma, self.index = step, sigma, index
+        self.sigma_given, self.latents = sigma_given, latents
+        self.version = None if latents is None else version_of(latents)
+        self.branches_before, self.branches = [] if self.is_partial else self.branches, []
         self.moved_before, self.moved = self.moved, None
-        self.is_computed, self.has_skipped = None, False
+        self.is_computed, self.is_partial, self.has_skipped = None, False, False
         self.schedule.append(False)
         if self.is_last_step:  # nothing is reused any more
             self.previous_modulated_input = None
@@ -394,6 +393,7 @@ class TeaCacheState:
 
     def end_step(self, latents, returned):
         """The scheduler's step has made `returned` of the latents."""
+        self.branches = [branch for branch in self.branches if branch.is_of(latents)]
         self.choose_steps()
         self.moved = Moved(latents, returned)
         if self.is_last_step:
@@ -408,46 +408,51 @@ class TeaCacheState:
         chosen = choose_steps(self.sigmas[self.step :], self.count, self.decided)
         self.plan, self.count = [self.step + step for step in chosen], None
 
-    def halt(self, why):
-        """Say why nothing is skipped any more. From here on, the steps are only counted."""
-        if why:
+    def halt(self, why, is_said=True):
+        """Skip nothing any more, and say why. From here on, the steps are only counted."""
+        if is_said:
             logger.warning(f"TeaCache: {why}: all steps are computed")
         self.halted, self.sigmas = why, ()
-        self.sigma = self.sigma if self.time is None else self.time.item()
+        self.sigma = self.sigma if self.sigma_given is None else self.sigma_given.item()
         self.free()
 
     def free(self):
-        """Let all tensors go."""
-        self.branches, self.branches_before, self.corrector = [], [], Corrector()
-        self.time = self.latents = self.moved = self.moved_before = self.previous_modulated_input = None
+        """Drop all tensors."""
+        self.branches, self.branches_before, self.rivals, self.corrector = [], [], [], Corrector()
+        self.sigma_given = self.latents = self.moved = self.moved_before = self.previous_modulated_input = None
 
     # ---- calls ----
 
-    def is_another_call(self, latents, conditioning):
-        """Whether it is one more call of the running step: on its latents, or on equal ones for another prompt."""
+    def is_another_call(self, latents):
+        """Whether a call is one more of the running step: on its latents, on a part of the same tensor, or on a copy."""
         if self.latents is None or self.moved is not None:
             return False
         if share_memory(latents, self.latents):
-            return True
-        return not self.has_ended(conditioning) and is_near(latents, self.latents)
-
-    def has_ended(self, conditioning):
-        """Whether a call with this conditioning has, in the running step."""
-        return any(is_same(branch.conditioning, conditioning) for branch in self.branches)
+            return version_of(latents) == self.version
+        return is_near(latents, self.latents)
 
     def is_repeated(self, latents, conditioning):
-        """Whether it is the call that has failed, once more, and cannot be taken for another one of its step."""
-        _, latents_before, conditioning_before = self.call
-        is_again = is_same(conditioning_before, conditioning) and is_near(latents, latents_before)
-        return is_again and not self.has_ended(conditioning)
+        """Whether a call is the one that has failed, once more, and cannot be another one of its step."""
+        is_again = is_same(self.branch.conditioning, conditioning) and is_near(latents, self.branch.latents)
+        return is_again and not any(is_same(branch.conditioning, conditioning) for branch in self.branches)
 
-    def begin_call(self, latents, conditioning, is_new):
-        """Finds the branch: that of the same place in the step before, or an empty one if that was another call."""
-        place = len(self.branches)
-        branch = self.branches_before[place] if place < len(self.branches_before) else None
-        if branch is None or is_new or not branch.leads_to(latents, conditioning, self.sigma, self.moved_before):
-            branch = Branch()
-        self.call = branch, latents, conditioning
+    def goes_on(self, latents, sigma):
+        """Without a scheduler: whether this is the next step. The latents are nearer to those of this image than to others."""
+        if not self.branches:  # of a step after the last one
+            return True
+        last = self.branches[0]
+        if len(self.rivals) > 1 or not last.leads_to(latents, sigma):
+            return False
+        distances = [size_of(latents.float() - x.float()).sum() for x in (last.latents, *self.rivals)]
+        return len(distances) == 1 or (distances[0] < distances[1]).item()
+
+    def open_call(self, latents, conditioning, is_new):
+        """Takes what the call of the same place in the step before has left, if it was the same call."""
+        self.branch, place = Branch(self.sigma, latents, conditioning), len(self.branches)
+        if place < len(self.branches_before) and not is_new:
+            before = self.branches_before[place]
+            if before.fits(self.branch, self.moved_before):
+                self.branch.inherit(before)
 
     def should_calc(self, modulated_input=None):
         """Whether this call runs the blocks. None: its modulated input decides that, and is not known yet."""
@@ -475,12 +480,14 @@ class TeaCacheState:
         self.previous_modulated_input = modulated_input
         return is_computed
 
-    def end_call(self, output=None, residual=None):
+    def close_call(self, output=None, residual=None):
         """What the call leaves, of a computed one also its output. At the end, so that one that fails leaves nothing."""
-        (branch, latents, conditioning), self.call = self.call, None
-        if self.halted is not None or (self.timesteps is None and self.is_last_step):
+        branch, self.branch = self.branch, None
+        is_alone = self.timesteps is None
+        if self.halted is not None or (is_alone and self.is_last_step):
             return
-        branch.see(self.sigma, latents.clone() if self.timesteps is None else latents, conditioning)
+        if is_alone:
+            branch.latents = branch.latents.clone()  # the loop may write into them
         if not self.is_on:
             branch.empty()
         elif self.plan is None:
@@ -490,17 +497,14 @@ class TeaCacheState:
             branch.outputs = [*earlier[-2:], (self.sigma, output.clone())]  # the caller may write into its output
         self.branches.append(branch)
 
-    def end_calls(self):
-        """`kind`: another one if the calls of this step are not those of the step before."""
-        self.kind += self.branches != self.branches_before
-        return self.kind
-
 
 class Branch:
-    """The cache of one call of a step, for the next steps. Guidance, say, makes two calls: with the prompt, and without."""
+    """One call of a step, and the cache that it leaves. Guidance, say, makes two: with the prompt, and without."""
 
-    def __init__(self):
-        self.sigma, self.latents, self.conditioning = None, None, None  # of the last call
+    def __init__(self, sigma, latents, conditioning):
+        self.sigma, self.latents, self.conditioning = sigma, latents, conditioning
+        self.place, self.is_own = None, True  # in the latents of the step: see is_of
+        self.line = object()  # the same for the same calls of one step after the other
         self.empty()
 
     def empty(self):
@@ -511,24 +515,31 @@ class Branch:
     def is_empty(self):
         return self.previous_residual is None and not self.outputs
 
-    def see(self, sigma, latents, conditioning):
-        self.sigma, self.latents, self.conditioning = sigma, latents, conditioning
+    def inherit(self, before):
+        self.line, self.previous_residual, self.outputs = before.line, before.previous_residual, before.outputs
 
-    def leads_to(self, latents, conditioning, sigma, moved):
+    def is_of(self, latents):
+        """False if this was a call on other latents than those of the scheduler's step. Copies are compared later."""
+        self.place = place_in(self.latents, latents)
+        if self.place is None:
+            self.is_own = near(self.latents, latents)
+        return self.place is not None or not share_memory(self.latents, latents)
+
+    def fits(self, call, moved):
         """Whether a call is this one, a step later: with the same conditioning, on what has become of its latents."""
-        if (self.latents.shape, self.latents.dtype) != (latents.shape, latents.dtype):
+        if (self.latents.shape, self.latents.dtype) != (call.latents.shape, call.latents.dtype):
             return False
-        if moved is None:  # a network alone
-            is_on = self.is_near(latents, sigma)
-        else:
-            is_on = place_in(self.latents, moved.latents) == place_in(latents, moved.returned)
-        return is_on and is_same(self.conditioning, conditioning)
+        if moved is None:  # without a scheduler
+            return self.leads_to(call.latents, call.sigma) and is_same(self.conditioning, call.conditioning)
+        if self.place != place_in(call.latents, moved.returned):
+            return False
+        return is_same(self.conditioning, call.conditioning, self.is_own)
 
-    def is_near(self, latents, sigma):
-        """Whether one step leads there. A network alone cannot know what becomes of its latents, just how far they go.
+    def leads_to(self, latents, sigma):
+        """Without a scheduler, nothing tells what becomes of the latents: whether one step can lead so far.
 
-        On the bundled model, a step moves them by 1.4 to 2.1 times its length in sigma, relative to their size, or by 7 where
-        guidance is not normalised. Other latents are 0.7 to 1.4 away, those of the same prompt at least 0.25.
+        On the bundled model a step moves them by 1.4 to 2.1 times its length in sigma, relative to their size, or by 7
+        where guidance is not normalised. Other latents are 0.7 to 1.4 away, those of the same prompt at least 0.25.
         """
         return is_near(latents, self.latents, min(10 * (self.sigma - sigma), 0.5) * size_of(self.latents))
 
@@ -537,23 +548,30 @@ class Moved:
     """What the scheduler's step has made of the latents."""
 
     def __init__(self, latents, returned):
-        self.latents, self.returned = latents, returned
-        self.version, self.value = version_of(returned), returned.clone()  # somebody may write into it
+        self.returned, self.version = returned, version_of(returned)
+        self.value = returned.clone()  # somebody may write into it
         self.length = size_of(returned.float() - latents.float())
 
-    def leads_to(self, latents):
-        """Whether a call on these latents is of the next step. If they were replaced, they are compared by value.
+    def leads_to(self, latents, exactly):
+        """Whether a call on these latents is of the next step. Those that were replaced are compared by value.
 
         A callback that blends, as in inpainting, puts them where another velocity would have: at most twice as far as
         the step has moved them. Other images, and moved or mirrored ones, are 0.7 to 1.4 times their own size away.
         """
-        is_untouched = share_memory(latents, self.returned) and version_of(latents) == self.version
-        return is_untouched or is_near(latents, self.value, 2 * self.length)
+        is_untouched = self.version is not None and version_of(latents) == self.version
+        if is_untouched and place_in(latents, self.returned) is not None:
+            return True
+        return not exactly and is_near(latents, self.value, 2 * self.length)
 
 
-def is_same(conditioning, other):
-    """Whether all of it is equal. Tensors that were made anew are compared by value, which waits for the GPU once."""
-    differences = []
+def is_same(conditioning, other, also=True):
+    """Whether all of it is equal, and `also` holds. Tensors that were made anew are compared by value.
+
+    That waits for the GPU once, with `also`, which may be a tensor.
+    """
+    if len(conditioning) != len(other) or also is False:
+        return False
+    differences = [~also] if torch.is_tensor(also) else []
     for a, b in zip(conditioning, other):
         if torch.is_tensor(a) and torch.is_tensor(b) and a is not b:
             if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
@@ -561,16 +579,20 @@ def is_same(conditioning, other):
             differences.append((a != b).any())
         elif a is not b and (torch.is_tensor(a) or torch.is_tensor(b) or a != b):
             return False
-    return not differences or not torch.stack(differences).any().item()
+    return not differences or not torch.stack([each.to(differences[0].device) for each in differences]).any().item()
 
 
 def is_near(latents, expected, distance=0.0):
+    return bool(near(latents, expected, distance))  # waits for the GPU
+
+
+def near(latents, expected, distance=0.0):
     """Whether each sample is at most so far from what is expected, but for rounding. Guidance may double the batch."""
     if latents.shape[1:] != expected.shape[1:] or len(latents) % len(expected) or latents.device != expected.device:
         return False
     apart = size_of(latents.float().unflatten(0, (-1, len(expected))) - expected.float(), first=2)
-    rounding = torch.finfo(latents.dtype).eps * size_of(expected)
-    return (apart <= distance + rounding).all().item()
+    rounding = max(torch.finfo(latents.dtype).eps, torch.finfo(expected.dtype).eps) * size_of(expected)
+    return (apart <= distance + rounding).all()
 
 
 def size_of(latents, first=1):
@@ -583,20 +605,23 @@ def share_memory(a, b):
 
 
 def version_of(tensor):
-    """Rises where somebody writes into the tensor, also through a part of it. Not counted in inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
+    """Rises where somebody writes into the tensor. In inference mode nobody counts that: None."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def place_in(part, whole):
-    """Where a tensor lies in the memory of another one, of tiles say; None if it does not, or is all of it."""
-    if not share_memory(part, whole) or part.shape == whole.shape:
+    """Where a tensor lies in the memory of another one, of tiles say: (offset, stride, shape). None: not in it."""
+    offset = part.storage_offset() - whole.storage_offset()
+    extent = sum((length - 1) * stride for length, stride in zip(whole.shape, whole.stride()))
+    if not share_memory(part, whole) or not 0 <= offset <= extent:
         return None
-    return part.storage_offset() - whole.storage_offset(), part.stride()
+    is_whole = (part.shape, part.stride()) == (whole.shape, whole.stride())
+    return "whole" if is_whole else (offset, part.stride(), part.shape)
 
 
 # ---- which step a call belongs to --------------------------------------------
 
-NOT_DRIVEN = "the scheduler that it was applied with does not drive this loop (apply it to the pipeline again)"
+NOT_SEEN = "in this loop no step of its scheduler is seen (was it replaced, copied, or wrapped before? then apply TeaCache again)"
 
 
 def begin_call(model, sigma, latents, *conditioning, is_new=False):
@@ -605,69 +630,81 @@ def begin_call(model, sigma, latents, *conditioning, is_new=False):
     conditioning: all else that the output depends on. is_new: the call uses nothing of the steps before.
     """
     cache, scheduler = vars(model).get("teacache") or TeaCacheState(), vars(model).get("teacache_scheduler")
-    if cache.call is not None and not cache.is_repeated(latents, conditioning):
-        cache = TeaCacheState()  # a call has failed: begin anew
+    has_failed = cache.branch is not None and not cache.is_repeated(latents, conditioning)  # the call before, and ...
     if torch.is_grad_enabled():
-        cache = count_only(cache, sigma, "" if model.training else "gradients are on (use torch.no_grad())")
+        cache = count_only(cache, sigma, "gradients are on (use torch.no_grad())", is_said=not model.training)
     elif scheduler is None:
-        cache = count_steps(model, cache, sigma, latents, conditioning)
+        cache = count_steps(model, cache, sigma, latents, has_failed)
     else:
-        cache = follow(model, cache, scheduler, sigma, latents, conditioning)
+        cache = follow(model, cache, scheduler, sigma, latents, has_failed)
     is_on = getattr(model, "enable_teacache", False) and (cache.plan is not None or cache.rel_l1_thresh > 0)
     cache.is_on = is_on and not cache.is_last_step
-    cache.begin_call(latents, conditioning, is_new)
+    cache.open_call(latents, conditioning, is_new)
     model.teacache = cache
     return cache
 
 
-def follow(model, cache, scheduler, sigma, latents, conditioning):
+def follow(model, cache, scheduler, sigma, latents, has_failed):
     """With a scheduler: an image begins where the timesteps are set, and goes on as TeaCacheState says."""
     timesteps = scheduler.timesteps  # set_timesteps makes a new tensor
-    has_begun = scheduler.step_index is not None
-    index = scheduler.step_index if has_begun else getattr(scheduler, "begin_index", None)
-    if cache.timesteps is timesteps and cache.halted is None:
-        if cache.is_another_call(latents, conditioning):
+    num_train_timesteps = scheduler.config.num_train_timesteps
+    index = scheduler.step_index
+    if index is None:  # before the first step
+        index = getattr(scheduler, "begin_index", None)
+    if cache.timesteps is not timesteps:
+        cache = TeaCacheState()
+    elif cache.halted is None and not has_failed:
+        if cache.is_another_call(latents):
             return cache
-        if cache.moved is not None and index == cache.step + 1 and cache.moved.leads_to(latents):
+        if cache.moved is not None and index == cache.step + 1 and cache.moved.leads_to(latents, cache.in_turns):
             return cache.begin_step(index, cache.sigmas[index], index, sigma, latents)
-        is_without = cache.moved is None and index in (cache.index, cache.step + 1)  # the scheduler has not ended it
-        if is_without and cache.time is not None and not torch.equal(sigma, cache.time):
-            cache.halt(NOT_DRIVEN)
-    is_set = has_begun or len(timesteps) != scheduler.config.num_train_timesteps
-    has_ended = index is not None and index >= len(timesteps)
-    if not is_set or has_ended or (cache.timesteps is timesteps and cache.halted is not None):
-        return count_only(cache, sigma, cache.halted or NOT_DRIVEN, timesteps)
-    sigmas = (timesteps.cpu().double() / scheduler.config.num_train_timesteps).tolist()
+        is_unseen = cache.moved is None and index in (cache.index, cache.step + 1)
+        if is_unseen and cache.sigma_given is not None and not torch.equal(sigma, cache.sigma_given):
+            cache.halt(NOT_SEEN)
+    is_unset = index is None and len(timesteps) == num_train_timesteps
+    if cache.halted is not None or is_unset or (index is not None and index >= len(timesteps)):
+        return count_only(cache, sigma, cache.halted or NOT_SEEN, timesteps)
+    sigmas = (timesteps.cpu().double() / num_train_timesteps).tolist()
     step = np.abs(np.array(sigmas) - sigma.item()).argmin().item() if index is None else index
     watch(scheduler, model)
     anew = new_generation(model, sigmas, timesteps)
-    if cache.timesteps is timesteps and index == cache.step + 1:  # the loop goes on, with other latents
+    anew.in_turns = step == cache.step
+    if has_failed and anew.in_turns:  # this step once more
+        anew.schedule = cache.schedule[:-1]
+    elif step == cache.step + 1 and cache.step >= 0:  # the loop goes on, with other latents
         anew.schedule = cache.schedule
-    return anew.begin_step(step, sigmas[step], index, sigma, latents)
+    anew.begin_step(step, sigmas[step], index, sigma, latents)
+    anew.is_partial = has_failed
+    return anew
 
 
-def count_steps(model, cache, sigma, latents, conditioning):
-    """A network alone: a step begins where sigma falls, and an image where it rises, or the latents are others."""
+def count_steps(model, cache, sigma, latents, has_failed):
+    """Without a scheduler: a step begins where sigma falls, and an image where it rises, or the latents are others."""
     now = sigma.item()
-    if now == cache.sigma and len(cache.sigmas) > 1:
-        if cache.is_last_step or cache.is_another_call(latents, conditioning):
+    if not has_failed and now == cache.sigma and len(cache.sigmas) > 1:
+        if cache.is_last_step or cache.is_another_call(latents):
             return cache
-    is_next = now < cache.sigma and (not cache.branches or cache.branches[0].is_near(latents, now))
-    if not is_next or cache.halted is not None:
-        num_steps = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS)
-        if getattr(model, "enable_teacache", False) and cache.sigmas and len(cache.schedule) != len(cache.sigmas):
-            ran = f"the last generation ran {len(cache.schedule)} of {len(cache.sigmas)} steps (or was stopped)"
+    is_next = not has_failed and now < cache.sigma and cache.halted is None and cache.goes_on(latents, now)
+    if not is_next:
+        num_steps, ran = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS), len(cache.schedule)
+        if getattr(model, "enable_teacache", False) and 1 < ran != len(cache.sigmas) > 0:
+            ran = f"the last generation ran {ran} of {len(cache.sigmas)} steps (or was stopped)"
             logger.warning(f"TeaCache: {ran}: set num_steps to num_inference_steps")
-        cache = new_generation(model, [1 - step / num_steps for step in range(num_steps)])  # as if evenly spaced
-    return cache.begin_step(cache.step + 1, now, None, sigma, latents)
+        anew = new_generation(model, [1 - step / num_steps for step in range(num_steps)])  # as if evenly spaced
+        if now == cache.sigma:  # images in turns, or one that was stopped in this step
+            anew.rivals = [x for x in (*cache.rivals, cache.latents) if x is not None and x.shape == latents.shape][-2:]
+        cache = anew
+    cache.begin_step(cache.step + 1, now, None, sigma, latents.clone())
+    cache.is_partial = has_failed
+    return cache
 
 
-def count_only(cache, sigma, why, timesteps=None):
+def count_only(cache, sigma, why, timesteps=None, is_said=True):
     """The state of an image in which nothing is skipped: its steps are counted, and why is said once."""
     now = sigma.item()
     if cache.halted != why or cache.timesteps is not timesteps or now > cache.sigma:
         cache = TeaCacheState(timesteps=timesteps)
-        cache.halt(why)
+        cache.halt(why, is_said)
     return cache if now == cache.sigma else cache.begin_step(cache.step + 1, now)
 
 
@@ -692,35 +729,50 @@ def new_generation(model, sigmas, timesteps=None):
 # ---- the scheduler: what it makes of the latents, and their correction --------
 
 
+class StandIn(type):
+    """The kind of classes with a method of our own. They equal the stock class, which pipelines look for."""
+
+    def __eq__(cls, other):
+        return cls is other or getattr(cls, "stock_class", cls) is other
+
+    def __hash__(cls):
+        return hash(getattr(cls, "stock_class", None)) if "stock_class" in vars(cls) else type.__hash__(cls)
+
+
 @functools.cache
 def watched(stock):
     """A scheduler's class, with a step that TeaCache sees. It has the stock name, and copies and files are stock."""
 
     @functools.wraps(stock.step)  # pipelines inspect its parameters
     def step(self, model_output, timestep, sample, *args, **kwargs):
-        random_state = state_of_random(sample.device, *args, *kwargs.values())
+        given = *args, *kwargs.values()
+        random_state = state_of_random(sample.device, given)
         result = stock.step(self, model_output, timestep, sample, *args, **kwargs)
         network = vars(self).get("teacache", lambda: None)()
         cache = network and vars(network).get("teacache")
         is_running = cache and cache.timesteps is self.timesteps and cache.step + 1 == self.step_index
         if not is_running or cache.latents is None or cache.moved is not None:
             return result  # the network was not called for it
-        if state_of_random(sample.device, *args, *kwargs.values()) != random_state:
+        if any(map(torch.is_tensor, given)) or state_of_random(sample.device, given) != random_state:
             cache.halt(f"{stock.__name__} adds noise in its steps")
             return result
-        return end_step(self, cache, model_output, sample, result)
+        return finish_step(self, cache, model_output, sample, result)
 
     def reduce(self, protocol):
         state = {name: value for name, value in vars(self).items() if name != "teacache"}
         return object.__new__, (stock,), state
 
+    return stand_in(stock, step=step, __reduce_ex__=reduce)
+
+
+def stand_in(stock, **methods):
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "stock_class": stock}
-    return type(stock.__name__, (stock,), {"step": step, "__reduce_ex__": reduce, **names})
+    return StandIn(stock.__name__, (stock,), {**names, **methods})
 
 
-def state_of_random(device, *arguments):
-    """Of all generators that a step can draw noise from: those among its arguments, and torch's own."""
-    generators = [x for given in arguments for x in (given if isinstance(given, list) else [given])]
+def state_of_random(device, given):
+    """Of all generators that a step can draw noise from: those that it is given, and torch's own."""
+    generators = [x for each in given for x in (each if isinstance(each, list) else [each])]
     states = [x.get_state() for x in generators if isinstance(x, torch.Generator)]
     states += [torch.get_rng_state()]
     if device.type == "cuda":
@@ -730,12 +782,12 @@ def state_of_random(device, *arguments):
     return [state.numpy().tobytes() for state in states]
 
 
-def end_step(scheduler, cache, model_output, latents, result):
-    """The running step has ended. Returns the result of the scheduler's step, corrected."""
-    returned, kind = result[0], cache.end_calls()
+def finish_step(scheduler, cache, model_output, latents, result):
+    """Returns the result of the scheduler's step, corrected."""
+    returned = result[0]
     if is_corrected(scheduler):
-        velocity = model_output.to(torch.float32, copy=True)
-        correction = cache.corrector.correction(velocity, cache.sigma, cache.next_sigma, not cache.has_skipped, kind)
+        velocity, calls = model_output.to(torch.float32, copy=True), [branch.line for branch in cache.branches]
+        correction = cache.corrector.correction(velocity, cache.sigma, cache.next_sigma, not cache.has_skipped, calls)
         returned = (returned + correction).to(returned.dtype)
         result = (returned, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=returned)
     cache.end_step(latents, returned)
@@ -761,7 +813,7 @@ def unwatch(scheduler):
 
 def stock_class(instance):
     """The class that it has without TeaCache."""
-    return getattr(type(instance), "stock_class", type(instance))
+    return vars(type(instance)).get("stock_class", type(instance))
 
 
 # ---- switching on and off ----------------------------------------------------
@@ -790,7 +842,7 @@ def apply_teacache(
     """
     network, scheduler = find_network(model), scheduler or getattr(model, "scheduler", None)
     is_alone = network is model and scheduler is None
-    if not is_alone and not hasattr(scheduler, "step_index"):
+    if not is_alone and not (hasattr(scheduler, "step_index") and hasattr(scheduler, "config")):
         name = type(model if scheduler is None else scheduler).__name__
         raise ValueError(f"this {name} does not count steps: give the {NETWORK} alone, with num_steps")
     steps = NUM_INFERENCE_STEPS if is_alone and num_steps is None else num_steps
@@ -841,8 +893,7 @@ def remove_teacache(model):
 @functools.cache
 def cached(stock):
     """A network's class, with `teacache_forward`. It has the stock name, and copies and pickles keep it."""
-    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "stock_class": stock}
-    return type(stock.__name__, (stock,), {"forward": teacache_forward, "__reduce_ex__": reduce_network, **names})
+    return stand_in(stock, forward=teacache_forward, __reduce_ex__=reduce_network)
 
 
 def reduce_network(network, protocol):

@@ -32,6 +32,7 @@ CODE = r"^```.*?^```|<!--.*?-->|^\|[^\n]*$|`[^`\n]*`|\]\([^)]*\)"  # and tables,
 BLOCK = re.compile(r"(<!-- results: ([\w ]+?) -->\n).*?(<!-- end -->)", re.S)
 
 
+COMPUTED = "computed steps"
 OTHER_GROUPS = "open", "empty"  # of prompts, beside the known and the new ones: see prompts.py
 
 
@@ -125,9 +126,13 @@ def markdown(head, rows):
 
 
 def cell(row, to, of="both"):
-    """ "66.8 (61.7)": mean and least."""
+    """ "66.8 (61.7)": mean and minimum."""
     values = of_prompts(row, to, of)
     return f"{mean(values):.1f} ({min(values):.1f})" if values and min(values) < 98.5 else "equal" if values else ""
+
+
+def named(row):
+    return row.method.replace("plain steps", "fewer steps, no cache")
 
 
 def setting(row):
@@ -149,34 +154,35 @@ def is_ours(row):
 
 
 GROUPS = {  # what their columns are called
-    "known": "known prompts",
+    "known": "training captions",
     "new": "new prompts",
-    "both": "known and new",
+    "both": "both",
     "open": "open prompts",
     "empty": "no prompt",
 }
-AGAINST = "`computed_steps` against it"
+AGAINST = "`computed_steps` is closer by (dB, at as many steps, ± standard error)"
 READING = {"L2P": " (our reading of its abstract)"}
+NO_CODE = "L2P", "FoCa", "PrediT"  # written from what is published of them
 FLOAT32 = "uncached", "computed_steps", "plain", "Adams", "UniPC", "DPM"  # methods that are shown in float32, too
 
 
 def peers_lumina2(results, table):
-    """All methods in bfloat16 (rounding), ours and solvers in float32 (shift6): mean and least of each group of prompts."""
+    """All methods in bfloat16 (rounding), ours and solvers in float32 (shift6): mean and minimum of each group of prompts."""
     rows = results[{"shift6": "peers", "rounding": "peers_rounding"}[table]].rows.values()
     shown = rows if table == "rounding" else [r for r in rows if r.method.startswith(FLOAT32)]
     shown = [
-        [r.method, setting(r), passes(r), *(cell(r, "float32", of) for of in GROUPS), difference(r, rows)]
+        [named(r), setting(r), passes(r), *(cell(r, "float32", of) for of in GROUPS), difference(r, rows)]
         for r in shown
     ]
-    return markdown(["method", "setting", "passes", *GROUPS.values(), AGAINST], shown)
+    return markdown(["method", "setting", COMPUTED, *GROUPS.values(), AGAINST], shown)
 
 
 def peers_memo(results):
-    head = "method", "setting", "passes", "wall", "PSNR, mean (least clip)", "clip 1, 2, 3", "median frame", "mouth"
+    head = "method", "setting", COMPUTED, "wall", "PSNR, mean (minimum)", "clip 1, 2, 3", "median frame", "mouth"
 
     def cells(row):
         drift = ", ".join(f"{mean(clips):.1f}" for clips in zip(*row.uncached))
-        yield from (row.method, row.setting, f"{mean(row.passes):.1f}", f"{mean(row.time):.2f}")
+        yield from (named(row), row.setting, f"{mean(row.passes):.1f}", f"{mean(row.time):.2f}")
         yield from (cell(row, "uncached"), "" if row.method == "uncached" else drift, cell(row, "median_frame"))
         yield f"{mean(row.mouth):.3f}"
 
@@ -184,29 +190,35 @@ def peers_memo(results):
     return markdown(head, [list(cells(row)) for row in rows])
 
 
-def best_rival(rows, about=10):
-    """The row of somebody else's with the highest mean, of those with at most about so many passes."""
+def best_rival(rows, about=10, without=()):
+    """The row of somebody else's with the highest mean, of those with at most about so many steps."""
     others = [r for r in rows if not is_ours(r) and "our correction" not in r.method and "corrected" not in r.method]
-    return max((r for r in others if r.passes <= about + 0.5), key=lambda r: mean(r.float32))
+    others = [r for r in others if r.passes <= about + 0.5 and not r.method.startswith(without)]
+    return max(others, key=lambda r: mean(r.float32))
 
 
 def front_lumina2(results):
-    """Eight rows for the front page, all in bfloat16 against the uncached image in float32."""
+    """Nine rows for the front page, all in bfloat16 against the uncached image in float32."""
     found = results["peers_rounding"].rows
-    rival = best_rival(found.values())
+    rival, public = best_rival(found.values()), best_rival(found.values(), without=NO_CODE)
     rows = [
-        ("uncached", "uncached_30"),
-        ("15 plain steps", "plain_steps_15"),
-        ("TeaCache's rule, v1, 0.3, corrected: the default", "teacache_s_rule_v1_corrected_0_3"),
-        ("TeaCache's rule, v2, about 15", "teacache_s_rule_v2_about_15"),
-        ("MagCache, about 15", "magcache_about_15"),
-        ("**`computed_steps` 15**", "computed_steps_15"),
-        ("**`computed_steps` 10**", "computed_steps_10"),
-        (f"best published at about 10: {rival.method}{READING.get(rival.method[:3], '')}", None),
+        ("uncached", found["uncached_30"]),
+        ("15 steps, no cache", found["plain_steps_15"]),
+        ("TeaCache's rule, v1, 0.3, corrected: the default", found["teacache_s_rule_v1_corrected_0_3"]),
+        ("TeaCache's rule, v2, about 15", found["teacache_s_rule_v2_about_15"]),
+        ("**`computed_steps` 15**", found["computed_steps_15"]),
+        ("**`computed_steps` 10**", found["computed_steps_10"]),
+        ("**`computed_steps` 8**", found["computed_steps_8"]),
+        (f"best with public code at about 10: {public.method}", public),
+        (f"best published at about 10: {rival.method}{READING.get(rival.method[:3], '')}", rival),
     ]
-    rows = [(name, found[key] if key else rival) for name, key in rows]
-    shown = [[n, passes(r), *(cell(r, "float32", of) for of in GROUPS), difference(r, found.values())] for n, r in rows]
-    return markdown(["", "passes", *GROUPS.values(), AGAINST], shown)
+    groups = {of: name for of, name in GROUPS.items() if of != "both"}
+    shown = [[n, passes(r), *(cell(r, "float32", of) for of in groups), difference(r, found.values())] for n, r in rows]
+    return markdown(["", COMPUTED, *groups.values(), AGAINST], shown)
+
+
+def few(values, below=40):
+    return f"{sum(dB < below for dB in values)} of {len(values)}"
 
 
 def front_memo(results):
@@ -214,18 +226,24 @@ def front_memo(results):
     found = results["memo_peers"].rows
     rows = [
         ("uncached", "uncached_20"),
-        ("14 plain steps", "plain_steps_14"),
-        ("10 plain steps", "plain_steps_10"),
+        ("14 steps, no cache", "plain_steps_14"),
+        ("10 steps, no cache", "plain_steps_10"),
         ("DeepCache, with a shallow part in each step", "deepcache_interval_3_branch_0"),
         ("TeaCache's rule, 0.15, corrected: the default", "teacache_s_rule_corrected_0_15"),
         ("**`computed_steps` 14**", "computed_steps_14"),
         ("**`computed_steps` 10**", "computed_steps_10"),
     ]
     shown = [
-        [name, f"{mean(found[key].passes):.1f}", f"{mean(found[key].time):.2f}", cell(found[key], "uncached")]
-        for name, key in rows
+        [
+            name,
+            f"{mean(row.passes):.1f}",
+            f"{mean(row.time):.2f}",
+            cell(row, "uncached"),
+            few(of_prompts(row, "uncached")),
+        ]
+        for name, row in ((name, found[key]) for name, key in rows)
     ]
-    return markdown(["", "passes", "wall time, of uncached", "PSNR, mean (least clip)"], shown)
+    return markdown(["", COMPUTED, "wall time, of uncached", "PSNR, mean (minimum)", "clips below 40 dB"], shown)
 
 
 def correction(results):
@@ -248,7 +266,7 @@ def correction(results):
         yield f"{sum(a > b for a, b in zip(row.corrected, row.not_corrected))} of {len(row.corrected)}"
 
     others = [f"{GROUPS[group]}, cut" for group in OTHER_GROUPS]
-    head = ["guidance, shift", "setting", "passes", *statistics_of, *others, "closer in"]
+    head = ["guidance, shift", "setting", COMPUTED, *statistics_of, *others, "closer in"]
     return markdown(head, [list(cells(row)) for row in results["correction"].rows.values()])
 
 
@@ -267,6 +285,18 @@ def steps(results):
         shown.append([choice, *(f"{m:.2f}" for m in means), f"{gain:+.2f}", f"{below:.1%}"])
     head = ["choice", *(GROUPS[g] for g in groups), "least gain", "images below 30 dB"]
     return markdown(head, shown)
+
+
+def thresholds(results):
+    """What a threshold means: computed steps and PSNR, by coefficients."""
+    rows = results["thresholds"].rows.values()
+    names = sorted({(row.coefficients, row.threshold) for row in rows})
+    shown = {}
+    for row in rows:
+        cells = shown.setdefault((row.steps, row.shift), {})
+        cells[row.coefficients, row.threshold] = f"{row.passes:.1f}: {mean(row.float32):.0f}"
+    lines = [[f"{steps}, {shift:g}", *(cells[name] for name in names)] for (steps, shift), cells in shown.items()]
+    return markdown(["steps, shift", *(f"{name}, {threshold}" for name, threshold in names)], lines)
 
 
 def compare_lumina2(results):
@@ -328,7 +358,7 @@ def measured_on(results, *names):
 TABLES = {
     f.__name__: f
     for f in (
-        *(peers_lumina2, peers_memo, front_lumina2, front_memo, correction, steps),
+        *(peers_lumina2, peers_memo, front_lumina2, front_memo, correction, steps, thresholds),
         *(compare_lumina2, compare_memo, real_size, real_size_parts, measured_on),
     )
 }
