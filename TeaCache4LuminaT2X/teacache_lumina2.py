@@ -391,10 +391,13 @@ class TeaCacheState:
                 self.free()
         return self
 
-    def end_step(self, latents, returned):
-        """The scheduler's step has made `returned` of the latents."""
+    def end_calls(self, latents):
+        """The scheduler's step is made on these latents: calls on others were not of this step."""
         self.branches = [branch for branch in self.branches if branch.is_of(latents)]
         self.choose_steps()
+
+    def end_step(self, latents, returned):
+        """The scheduler's step has made `returned` of the latents."""
         self.moved = Moved(latents, returned)
         if self.is_last_step:
             self.free()
@@ -785,6 +788,7 @@ def state_of_random(device, given):
 def finish_step(scheduler, cache, model_output, latents, result):
     """Returns the result of the scheduler's step, corrected."""
     returned = result[0]
+    cache.end_calls(latents)
     if is_corrected(scheduler):
         velocity, calls = model_output.to(torch.float32, copy=True), [branch.line for branch in cache.branches]
         correction = cache.corrector.correction(velocity, cache.sigma, cache.next_sigma, not cache.has_skipped, calls)

@@ -110,9 +110,17 @@ def teacache_forward(
     # ---- TeaCache: a step that is skipped by extrapolation runs no part of the network ----
     timesteps = timestep if isinstance(timestep, list) else [timestep]
     sigma = torch.stack([torch.as_tensor(t).float().mean() for t in timesteps]).mean() / 1000
-    portrait = ref_features["mid"][0][0][0]
-    conditioning = [encoder_hidden_states, audio_embedding, audio_emotion, class_labels, mask_cond_fea, attention_mask]
-    cache = begin_call(self, sigma, sample, *conditioning, uc_mask, portrait, is_new=update_past_memory)
+    inputs = [
+        encoder_hidden_states,
+        audio_embedding,
+        audio_emotion,
+        class_labels,
+        mask_cond_fea,
+        attention_mask,
+        uc_mask,
+    ]
+    inputs += [ref_features, down_block_additional_residuals, mid_block_additional_residual]
+    cache = begin_call(self, sigma, sample, *flat(inputs), is_new=update_past_memory)
     should_calc = cache.should_calc()
     if should_calc is False and cache.plan is not None:
         sample = extrapolate(cache.branch.outputs, cache.sigma)
@@ -217,6 +225,13 @@ def teacache_forward(
 
     cache.close_call(sample, residual)  # TeaCache: for the steps that are skipped
     return UNet3DConditionOutput(sample=sample) if return_dict else (sample,)
+
+
+def flat(nested):
+    """What is in lists, tuples and dicts, as one list."""
+    if isinstance(nested, dict):
+        nested = list(nested.values())
+    return [x for each in nested for x in flat(each)] if isinstance(nested, (list, tuple)) else [nested]
 
 
 # ---- the method: which steps are computed, what the others use, what is corrected ------
@@ -426,10 +441,13 @@ class TeaCacheState:
                 self.free()
         return self
 
-    def end_step(self, latents, returned):
-        """The scheduler's step has made `returned` of the latents."""
+    def end_calls(self, latents):
+        """The scheduler's step is made on these latents: calls on others were not of this step."""
         self.branches = [branch for branch in self.branches if branch.is_of(latents)]
         self.choose_steps()
+
+    def end_step(self, latents, returned):
+        """The scheduler's step has made `returned` of the latents."""
         self.moved = Moved(latents, returned)
         if self.is_last_step:
             self.free()
@@ -820,6 +838,7 @@ def state_of_random(device, given):
 def finish_step(scheduler, cache, model_output, latents, result):
     """Returns the result of the scheduler's step, corrected."""
     returned = result[0]
+    cache.end_calls(latents)
     if is_corrected(scheduler):
         velocity, calls = model_output.to(torch.float32, copy=True), [branch.line for branch in cache.branches]
         correction = cache.corrector.correction(velocity, cache.sigma, cache.next_sigma, not cache.has_skipped, calls)
