@@ -60,7 +60,7 @@ from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------
-REL_L1_THRESH = 0.15  # 0: original | 0.09: 1/1.2 of the passes | 0.15: 1/1.8 | 0.25: 1/2.9 (talking emoji, 20 steps)
+REL_L1_THRESH = 0.15  # 0: original | 0.09: 1/1.2 of the steps | 0.15: 1/1.8 | 0.25: 1/2.9 (talking emoji, 20 steps)
 COMPUTED_STEPS = None  # instead of the threshold: compute exactly this many steps of each clip, say 14 of 20
 NUM_INFERENCE_STEPS = 20  # for a network alone; the command line takes inference_steps from CONFIG
 SEED = 42
