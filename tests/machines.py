@@ -150,6 +150,18 @@ def twin(model):
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
+def forecast(made, sigma):
+    """Along the last change, as far as the change before has lasted: each sample by itself. made: (sigma, output)s."""
+    sigmas, outputs = zip(*made)
+    if len(made) < 3:
+        return outputs[-1]
+    changes = [(b - a).float() for a, b in zip(outputs, outputs[1:])]
+    gaps = [b - a for a, b in zip(sigmas, sigmas[1:])]
+    products = [(changes[0] * c).sum(tuple(range(1, c.ndim)), keepdim=True) for c in changes]
+    lasted = (products[1] / products[0].clamp(min=1e-30) * (gaps[0] / gaps[1])).clamp(0, 1)
+    return outputs[-1] + (lasted * min((sigma - sigmas[-1]) / gaps[1], 2.0) * changes[1]).to(outputs[-1].dtype)
+
+
 class Oracle:
     """Runs the stock forward at every call, and puts what a skipped one would give in place of its output.
 
@@ -197,22 +209,11 @@ class Oracle:
         if self.plan is None:
             memory["made"] = memory["made"] if seen["skip"] else seen["residual"]
         elif seen["skip"]:
-            output = self.forecast(memory["made"], sigma)
+            output = forecast(memory["made"], sigma)
         else:
             earlier = [(s, v) for s, v in memory.get("made", []) if s != sigma]
             memory["made"] = [*earlier[-2:], (sigma, output.clone())]
         return (output,)
-
-    def forecast(self, made, sigma):
-        """Along the last change, as far as the change before has lasted: each sample by itself."""
-        sigmas, outputs = zip(*made)
-        if len(made) < 3:
-            return outputs[-1]
-        changes = [(b - a).float() for a, b in zip(outputs, outputs[1:])]
-        gaps = [b - a for a, b in zip(sigmas, sigmas[1:])]
-        products = [(changes[0] * c).sum(tuple(range(1, c.ndim)), keepdim=True) for c in changes]
-        lasted = (products[1] / products[0].clamp(min=1e-30) * (gaps[0] / gaps[1])).clamp(0, 1)
-        return outputs[-1] + (lasted * min((sigma - sigmas[-1]) / gaps[1], 2.0) * changes[1]).to(outputs[-1].dtype)
 
     def decide(self, step, branch, needed, signal):
         (decider, old), self.last = self.last, (branch, signal)
@@ -245,6 +246,11 @@ def set_timesteps(scheduler, steps):
 
 def sigmas_of(scheduler):
     return (scheduler.timesteps.double() / 1000).tolist()
+
+
+def is_euler(scheduler):
+    is_euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    return is_euler and not scheduler.config.get("stochastic_sampling", False)
 
 
 class Loop:
