@@ -50,3 +50,79 @@ def test_random_loops(machine, name):
             loop.run()
 
     check()
+
+
+# --- each that was once wrong -------------------------------------------------------------
+
+RUN, EULER = ("run",), ("Euler",)
+STEPS, HOLD = dict(computed_steps=[0, 2, 4, 5]), dict(rel_l1_thresh=9.0, coefficients=[1.0, 0.0])
+FEW, LATE = dict(computed_steps=[0, 3, 5]), dict(computed_steps=[0, 1, 2, 5])
+SOLVERS = "UniPC", "DPM", "Heun", "LCM", "Euler"
+STORIES = {  # what happens; then the schedule, or None where only its truth is asked; settings; schedulers
+    # a call that fails and is repeated: exactly as if it had not
+    **{
+        f"fails in step {at}, call {call}": ([("guide",), *[RUN] * at, ("fail", call)], line, way, EULER)
+        for (line, way) in (("X.X.XX", STEPS), ("X....X", HOLD))
+        for at in (0, 2, 3, 4)
+        for call in (0, 1)
+        if way is HOLD or at != 3
+    },
+    # images in turns, on one scheduler whose index is set
+    "in turns": ([("begin", "only the index"), *[RUN, ("turn",)] * 12], None, FEW, ("Euler", "DPM")),
+    # latents
+    **{
+        f"{how}, {'in place' if in_place else 'another tensor'}": (
+            [RUN, ("replace", how, in_place), *[RUN] * 5],
+            "X..X.X" if how == "blend" else "XX.X.X",
+            FEW,
+            EULER,
+        )
+        for how in ("roll", "mirror", "noise", "blend")
+        for in_place in (False, True)
+    },
+    "rolled at every step": ([RUN, *[("replace", "roll"), RUN] * 5], "XXXXXX", FEW, EULER),
+    "tiles": ([("set", "places", "overlapping"), *[RUN] * 6], "X..X.X", FEW, EULER),
+    "tiles that move": ([p for at in ("overlapping", "moved") * 3 for p in (("set", "places", at), RUN)], "X" * 6, FEW, EULER),
+    "tiles in another order": (
+        [("set", "places", "tiles"), RUN, ("set", "places", "tiles in another order"), *[RUN] * 5], "XX.X.X", FEW, EULER
+    ),
+    # prompts, and the correction of what they are made of
+    "a batch reordered": ([*[RUN] * 4, ("reorder", True), *[RUN] * 2], "X..XXX", FEW, EULER),
+    "a batch reordered in a gap": ([*[RUN] * 2, ("reorder", True), *[RUN] * 4], "X.XX.X", FEW, EULER),
+    "prompts reordered": ([*[RUN] * 2, ("reorder", False), *[RUN] * 4], "X.XX.X", FEW, EULER),
+    "another prompt in a gap": ([*[RUN] * 2, ("prompt", 5), *[RUN] * 4], "X.XX.X", FEW, EULER),
+    "guidance ends in a gap": ([("guide",), *[RUN] * 4, ("guide",), *[RUN] * 2], "X..X.X", FEW, EULER),
+    "guidance comes back in a gap": ([*[RUN] * 4, ("guide",), *[RUN] * 2], "X..XXX", FEW, EULER),
+    "scale of LoRA layers": ([*[RUN] * 2, ("set", "scale", 0.5), *[RUN] * 4], "X.XX.X", FEW, EULER),
+    # another scheduler
+    "another one goes on": ([RUN, ("other",), *[RUN] * 5], None, FEW, EULER),
+    "another one begins": ([*[RUN] * 3, ("other", 4), *[RUN] * 2], None, dict(computed_steps=2), EULER),
+    "another one begins at the running step": ([*[RUN] * 3, ("other", 3)], None, dict(computed_steps=2), EULER),
+    "another one begins at the next step": ([*[RUN] * 3, ("stop_inside", "none"), ("other", 3)], None, FEW, EULER),
+    "adds noise": ([RUN] * 6, "XXXXXX", FEW, ("stochastic", "LCM")),
+    # the index
+    "one step back": ([*[RUN] * 2, ("jump", -1), RUN], "X", STEPS, SOLVERS),
+    "two steps back": ([*[RUN] * 4, ("jump", -2), *[RUN] * 2], None, LATE, EULER),
+    "one step on": ([RUN, ("jump", 1), RUN], "X", FEW, EULER),
+    # images that are stopped
+    "stopped": ([*[RUN] * 3, ("begin", "begin index"), *[RUN] * 6], "X..X.X", FEW, EULER),
+    **{
+        f"stopped in step {at}, {how}": ([*[RUN] * at, ("stop_inside", how), *[RUN] * 6], "X..X.X", FEW, EULER)
+        for at in (0, 1)
+        for how in ("begin index", "set")
+    },
+}
+
+
+@pytest.mark.parametrize("story, name", [(story, name) for story in STORIES for name in STORIES[story][-1]])
+def test_a_loop(machine, story, name):
+    events, line, way, _ = STORIES[story]
+    way = dict(computed_steps=4) if name == "Heun" else way
+    with torch.no_grad():
+        loop = RandomLoop(machine, SCHEDULERS[name](), way, samples=2)
+        for event in events:
+            loop.happen(*event)
+        while loop.image.index < len(loop.scheduler.timesteps):
+            loop.run()
+    schedule = "".join(".X"[computed] for computed in loop.schedule)
+    assert line is None or name == "Heun" or schedule[: len(line)] == line

@@ -217,10 +217,18 @@ class RandomLoop:
     def set(self, name, value):
         setattr(self, name, value)
 
-    def other(self):
-        """A copy of the scheduler goes on; its first step is that of the other."""
+    def other(self, index=None):
+        """A copy of the scheduler goes on, whose first step is that of the other; or begins an image at an index."""
+        if index is not None:
+            self.image = Image(self.traced.noise(self.samples), self.new_lineages())
+            self.image.index = self.image.next = index
         if self.image.index == self.image.next:
             self.driver, self.is_plain = copy.deepcopy(self.scheduler), False
+
+    def stop_inside(self, how):
+        """After the calls of a step, before its end."""
+        self.calls(self.scheduler.timesteps[self.image.index], None, 1)
+        self.begin(how)
 
     def fail(self, call=0):
         self.is_plain &= self.places == "whole"  # tiles have one prompt, so that it might be any
