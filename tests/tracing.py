@@ -31,7 +31,7 @@ class Traced:
     HEIGHT, MARK = 16, 0.3
 
     def __init__(self, machine):
-        self.machine, self.calls, self.fails = machine, [], False
+        self.machine, self.calls, self.fails, self.factor = machine, [], False, 1.0
         self.generator = torch.Generator().manual_seed(0)
         self.network = getattr(self, machine.name)(machine.model())
         setattr(self, machine.script.NETWORK, self.network)
@@ -48,7 +48,7 @@ class Traced:
             return self.embedded
 
         block = Stub(lambda hidden, *_: hidden + patches(self.mark(self.latents)))
-        block.norm1 = Stub(lambda hidden, temb: (hidden,))
+        block.norm1 = Stub(lambda hidden, temb: (self.factor * hidden,))
         nothing = torch.nn.ModuleList()
         network.context_refiner, network.noise_refiner, network.layers = nothing, nothing, torch.nn.ModuleList([block])
         network.time_caption_embed = Stub(lambda x, time, embeds: (None, embeds))
@@ -59,8 +59,8 @@ class Traced:
     def memo(self, network):
         def keep(x):
             self.look_for_failure()
-            self.embedded = x
-            return x
+            self.embedded = self.factor * x
+            return self.embedded
 
         network.down_blocks = network.up_blocks = torch.nn.ModuleList()
         network.num_upsamplers, network.time_proj, network.time_embedding = 0, Stub(torch.zeros_like), Stub(lambda x: x)
