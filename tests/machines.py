@@ -293,6 +293,7 @@ class Loop:
 
         before(i) gives the conditioning of a step, or None; after(i, t, velocity, latents) is a callback.
         """
+        torch.manual_seed(0)  # for schedulers that draw noise
         set_timesteps(self.scheduler, steps)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(start)
