@@ -82,9 +82,17 @@ STORIES = {  # what happens; then the schedule, or None where only its truth is 
     },
     "rolled at every step": ([RUN, *[("replace", "roll"), RUN] * 5], "XXXXXX", FEW, EULER),
     "tiles": ([("set", "places", "overlapping"), *[RUN] * 6], "X..X.X", FEW, EULER),
-    "tiles that move": ([p for at in ("overlapping", "moved") * 3 for p in (("set", "places", at), RUN)], "X" * 6, FEW, EULER),
+    "tiles that move": (
+        [p for at in ("overlapping", "moved") * 3 for p in (("set", "places", at), RUN)],
+        "X" * 6,
+        FEW,
+        EULER,
+    ),
     "tiles in another order": (
-        [("set", "places", "tiles"), RUN, ("set", "places", "tiles in another order"), *[RUN] * 5], "XX.X.X", FEW, EULER
+        [("set", "places", "tiles"), RUN, ("set", "places", "tiles in another order"), *[RUN] * 5],
+        "XX.X.X",
+        FEW,
+        EULER,
     ),
     # prompts, and the correction of what they are made of
     "a batch reordered": ([*[RUN] * 4, ("reorder", True), *[RUN] * 2], "X..XXX", FEW, EULER),

@@ -22,7 +22,9 @@ WAYS = {
 }
 BUDGET = dict(computed_steps=4)
 HOLD = {"rel_l1_thresh": 9.0, "coefficients": [1.0, 0.0]}  # computes the first and the last step
-NOT_DRIVEN = "TeaCache: the scheduler that it was applied with does not drive this loop (apply it to the pipeline again)"
+NOT_DRIVEN = (
+    "TeaCache: the scheduler that it was applied with does not drive this loop (apply it to the pipeline again)"
+)
 NOT_DRIVEN += ": all steps are computed"
 
 
