@@ -1,6 +1,7 @@
-"""What all tests share: the CPU, which memo is run, fixtures."""
+"""What all tests share: the device, which memo is run, fixtures."""
 
 import importlib.util
+import logging
 import os
 import socket
 import subprocess
@@ -8,7 +9,6 @@ import sys
 from pathlib import Path
 
 GPUS = {key: value for key, value in os.environ.items() if key == "CUDA_VISIBLE_DEVICES"}
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit-for-bit figures are the CPU's, also where there is a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in parallel instead
 
 import numpy as np
@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = ROOT / "assets" / "lumina2-emoji"
 MEMO_DOUBLE = ROOT / "tests" / "memo_double"
+DEVICE = "cpu"  # or "cuda", see --device
 LUMINA2 = importlib.util.find_spec("diffusers.pipelines.lumina2") is not None
 if not LUMINA2:  # diffusers before 0.33, as memo pins it: only the tests of MEMO and of what both scripts share
     collect_ignore = [f"test_{name}.py" for name in "forward pipeline cli compare batch attention readmes".split()]
@@ -30,10 +31,20 @@ settings.load_profile("ci" if "CI" in os.environ else "here")
 
 def pytest_addoption(parser):
     parser.addoption("--memo", metavar="PATH", help="run the MEMO tests on this clone of memoavatar/memo")
+    parser.addoption("--device", default="cpu", help="cuda: run those tests that are marked `gpu`, on a GPU")
 
 
 def pytest_configure(config):
-    """The real memo where it is given or installed, else the double: both are imported as `memo`."""
+    """The device: a GPU is hidden unless it is asked for. And memo: the real one where it is given or installed, else
+    the double; both are imported as `memo`.
+    """
+    global DEVICE
+    config.addinivalue_line("markers", "gpu: bit for bit, or without synchronisation, also on a GPU: --device cuda")
+    DEVICE = config.getoption("--device")
+    if DEVICE == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        raise pytest.UsageError(f"--device {DEVICE}: torch sees no GPU")
     path = config.getoption("--memo")
     if path and not Path(path, "memo", "models", "unet_3d.py").is_file():
         raise pytest.UsageError(f"no clone of memoavatar/memo in {path}")
@@ -42,12 +53,27 @@ def pytest_configure(config):
         sys.path.insert(0, str(Path(path or MEMO_DOUBLE).resolve()))
 
 
+def pytest_collection_modifyitems(config, items):
+    if DEVICE != "cpu":
+        config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("gpu")])
+        items[:] = [item for item in items if item.get_closest_marker("gpu")]
+
+
 def pytest_terminal_summary(terminalreporter):
     """One line about the tests that need the real memo."""
     skipped = [r for r in terminalreporter.stats.get("skipped", []) if "the real memo is not here" in str(r.longrepr)]
     if skipped:
         command = "python -m pytest tests/test_memo_*.py --memo PATH_TO_MEMO"
         terminalreporter.write_line(f"{len(skipped)} tests of the real memo were skipped, to run them: {command}")
+
+
+def on_device(thing):
+    """A network, a tensor, or what holds tensors: on the device of the tests."""
+    if isinstance(thing, dict):
+        return {key: on_device(value) for key, value in thing.items()}
+    if isinstance(thing, (list, tuple)):
+        return type(thing)(map(on_device, thing))
+    return thing.to(DEVICE) if hasattr(thing, "to") else thing
 
 
 def tensors_in(thing, seen=None):
@@ -95,6 +121,16 @@ def levels(image, other):
 @pytest.fixture(autouse=True)
 def cpu_only(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+@pytest.fixture
+def told():
+    """The lines that TeaCache has said by diffusers' logger, as it is without being configured."""
+    lines, handler, logger = [], logging.Handler(), logging.getLogger("diffusers")
+    handler.emit = lambda record: "teacache" in record.name and lines.append(record.getMessage())
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)
 
 
 @pytest.fixture(params=["lumina2", "memo"])

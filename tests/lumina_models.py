@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from conftest import on_device
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Transformer2DModel
 
 STOCK_FORWARD = Lumina2Transformer2DModel.forward  # before anything patches the class
@@ -23,7 +24,7 @@ def tiny_model(seed=0, **config):
         "axes_lens": (64, 16, 16),
         "cap_feat_dim": FEATURES,
     } | config
-    return Lumina2Transformer2DModel(**config).eval()
+    return on_device(Lumina2Transformer2DModel(**config).eval())
 
 
 def conditioning(lengths, seed=0, dtype=torch.float32, padded=None):
@@ -32,7 +33,7 @@ def conditioning(lengths, seed=0, dtype=torch.float32, padded=None):
     padded = padded or max(lengths)
     embeds = torch.randn(len(lengths), padded, FEATURES, generator=generator).to(dtype)
     mask = torch.tensor([[1] * n + [0] * (padded - n) for n in lengths])
-    return embeds, mask
+    return on_device((embeds, mask))
 
 
 def denoise(
@@ -45,10 +46,10 @@ def denoise(
     Returns all outputs, then the latents.
     """
     scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
-    scheduler.set_timesteps(sigmas=start * np.linspace(1.0, 1 / steps, steps))
+    scheduler.set_timesteps(sigmas=start * np.linspace(1.0, 1 / steps, steps), device=cond[0].device)
     dtype = cond[0].dtype
-    latents = torch.randn(len(cond[0]), CHANNELS, *size, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    outputs = []
+    latents = torch.randn(len(cond[0]), CHANNELS, *size, generator=torch.Generator().manual_seed(seed))
+    latents, outputs = latents.to(cond[0]), []
     with torch.no_grad():
         for i, t in enumerate(scheduler.timesteps):
             cond = (switch or {}).get(i, cond)

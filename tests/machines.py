@@ -1,12 +1,20 @@
 """Both scripts by one interface, and an oracle: TeaCache written a second time, around the stock forward."""
 
 import copy
+import functools
+import itertools
 
+import conftest
 import numpy as np
 import torch
+from conftest import on_device, tensors_in
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 IDENTITY = [1.0, 0.0]
+
+
+def randn(shape, seed):
+    return on_device(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
 
 
 class Machine:
@@ -72,12 +80,6 @@ class Lumina2(Machine):
     def denoise(self, model, job, steps=8, start=1.0, **kwargs):
         return self.models.denoise(model, **job, steps=steps, start=start, **kwargs)
 
-    def call(self, model, job, time, value=None):
-        """One call of the model at this time, 0 to 1."""
-        latents = torch.randn(1, 4, *job["size"], generator=torch.Generator().manual_seed(job["seed"]))
-        latents = latents if value is None else torch.full_like(latents, value)
-        return model(latents, torch.tensor([time]), *job["cond"])[0]
-
     def watch(self, model, seen):
         """Hooks that put the signal and the input of the blocks into `seen`."""
         norm = model.layers[0].norm1
@@ -113,24 +115,16 @@ class Memo(Machine):
         blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
         reference = self.models.tiny_reference(block_out_channels=(32,), **blocks)
         clip = self.models.Clip(seed, guided, frames=length, size=size, dtype=dtype, reference=reference)
-        generator = torch.Generator().manual_seed(noise)
-        clip.noise = torch.randn(clip.noise.shape, generator=generator).to(dtype)
+        clip.noise = on_device(randn(clip.noise.shape, noise).to(dtype))
         return clip
 
     def tensors(self, job):
-        from conftest import tensors_in
-
         return tensors_in(job.inputs)
 
     def denoise(self, model, job, steps=8, start=1.0, before=None, cast=False, timesteps=None, **kwargs):
         kwargs |= {"cast": bool(cast), "timesteps": timesteps or (lambda i, t: t * start)}
         kwargs["before_step"] = (lambda i: before(i, "both", i)) if before else None
         return self.models.denoise(model, job, steps, **kwargs)
-
-    def call(self, model, job, time, value=None):
-        sample = torch.cat([job.noise] * (1 + job.guided))
-        sample = sample if value is None else torch.full_like(sample, value)
-        return model(sample, timestep=torch.tensor(1000.0 * (1 - time)), return_dict=False, **job.inputs)[0]
 
     def watch(self, model, seen):
 
@@ -150,6 +144,38 @@ def twin(model):
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
+def forecast(made, sigma):
+    """Along the last change, as far as the change before has lasted: each sample by itself. made: (sigma, output)s."""
+    sigmas, outputs = zip(*made)
+    if len(made) < 3:
+        return outputs[-1]
+    changes = [(b - a).float() for a, b in zip(outputs, outputs[1:])]
+    gaps = [b - a for a, b in zip(sigmas, sigmas[1:])]
+    products = [(changes[0] * c).sum(tuple(range(1, c.ndim)), keepdim=True) for c in changes]
+    lasted = (products[1] / products[0].clamp(min=1e-30) * (gaps[0] / gaps[1])).clamp(0, 1)
+    return outputs[-1] + (lasted * min((sigma - sigmas[-1]) / gaps[1], 2.0) * changes[1]).to(outputs[-1].dtype)
+
+
+@functools.cache
+def chosen(sigmas, count):
+    """The steps to compute, by trying all: the length of each skipped step times the square of its distance from the
+    last computed one, twice before the last step, which cannot make up for it; summed in hundredths between computed
+    steps. Of equal sums, the one whose last steps are the earliest.
+    """
+    steps, end = len(sigmas), len(sigmas) - 1
+    if end == 0:
+        return (0,)
+    place = [0.75 * steps * (1 - s / (sigmas[0] or 1)) + 0.25 * i for i, s in enumerate(sigmas)] + [steps]
+
+    @functools.cache
+    def error(a, b):  # of skipping what is between
+        times = 2 if b == end else 1
+        return round(100 * times * sum((place[m + 1] - place[m]) * (place[m] - place[a]) ** 2 for m in range(a + 1, b)))
+
+    ways = ((0, *way, end) for way in itertools.combinations(range(1, end), min(count, steps) - 2))
+    return min(ways, key=lambda way: (sum(map(error, way, way[1:])), way[::-1]))
+
+
 class Oracle:
     """Runs the stock forward at every call, and puts what a skipped one would give in place of its output.
 
@@ -162,8 +188,7 @@ class Oracle:
         self.machine, self.model, self.num_steps = machine, model, num_steps
         self.thresh, self.coefficients, self.plan, self.sigmas = rel_l1_thresh, coefficients, computed_steps, sigmas
         if isinstance(computed_steps, int):
-            even = [1 - step / num_steps for step in range(num_steps)]
-            self.plan = machine.script.choose_steps(sigmas or even, computed_steps)
+            self.plan = chosen(tuple(sigmas or [1 - step / num_steps for step in range(num_steps)]), computed_steps)
         self.schedule, self.changes, self.branches, self.accumulated = [], [], {}, 0.0
         self.last, self.where = (None, None), None
 
@@ -197,22 +222,11 @@ class Oracle:
         if self.plan is None:
             memory["made"] = memory["made"] if seen["skip"] else seen["residual"]
         elif seen["skip"]:
-            output = self.forecast(memory["made"], sigma)
+            output = forecast(memory["made"], sigma)
         else:
             earlier = [(s, v) for s, v in memory.get("made", []) if s != sigma]
             memory["made"] = [*earlier[-2:], (sigma, output.clone())]
         return (output,)
-
-    def forecast(self, made, sigma):
-        """Along the last change, as far as the change before has lasted: each sample by itself."""
-        sigmas, outputs = zip(*made)
-        if len(made) < 3:
-            return outputs[-1]
-        changes = [(b - a).float() for a, b in zip(outputs, outputs[1:])]
-        gaps = [b - a for a, b in zip(sigmas, sigmas[1:])]
-        products = [(changes[0] * c).sum(tuple(range(1, c.ndim)), keepdim=True) for c in changes]
-        lasted = (products[1] / products[0].clamp(min=1e-30) * (gaps[0] / gaps[1])).clamp(0, 1)
-        return outputs[-1] + (lasted * min((sigma - sigmas[-1]) / gaps[1], 2.0) * changes[1]).to(outputs[-1].dtype)
 
     def decide(self, step, branch, needed, signal):
         (decider, old), self.last = self.last, (branch, signal)
@@ -238,13 +252,18 @@ class Stopped(Exception):
 def set_timesteps(scheduler, steps):
     """As Lumina2Pipeline does, where the scheduler can."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), device=conftest.DEVICE)
     else:
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(steps, device=conftest.DEVICE)
 
 
 def sigmas_of(scheduler):
     return (scheduler.timesteps.double() / 1000).tolist()
+
+
+def is_euler(scheduler):
+    is_euler = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    return is_euler and not scheduler.config.get("stochastic_sampling", False)
 
 
 class Loop:
@@ -258,7 +277,7 @@ class Loop:
 
     def latents(self, seed):
         shape = (1, 4, 4, 4) if self.machine.name == "lumina2" else self.job.shape
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return randn(shape, seed)
 
     def call(self, latents, t, job=None, model=None):
         job, model = job or self.job, model or self.model
@@ -274,6 +293,7 @@ class Loop:
 
         before(i) gives the conditioning of a step, or None; after(i, t, velocity, latents) is a callback.
         """
+        torch.manual_seed(0)  # for schedulers that draw noise
         set_timesteps(self.scheduler, steps)
         if hasattr(self.scheduler, "set_begin_index"):
             self.scheduler.set_begin_index(start)
@@ -311,17 +331,12 @@ class Loop:
 
 def kept(model):
     """The tensors that TeaCache holds, but for the scheduler's own timesteps."""
-    from conftest import tensors_in
-
     return [t for t in tensors_in(model.teacache) if t is not model.teacache.timesteps]
 
 
 def fresh(loop, way, *args, **kwargs):
     """What a new network with these weights and a new scheduler give: the latents, and the schedule."""
-    is_euler = isinstance(loop.scheduler, FlowMatchEulerDiscreteScheduler)
-    scheduler = (FlowMatchEulerDiscreteScheduler if is_euler else type(loop.scheduler)).from_config(
-        loop.scheduler.config
-    )
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(loop.scheduler.config)
     other = Loop(loop.machine, scheduler, loop.machine.script.remove_teacache(twin(loop.model)))
     other.apply(**way)
     return other.draw(*args, **kwargs), other.schedule

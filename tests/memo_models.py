@@ -7,6 +7,7 @@ import copy
 from pathlib import Path
 
 import torch
+from conftest import on_device
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from TeaCache4Memo.teacache_memo import import_memo, set_memory_processors
@@ -61,7 +62,7 @@ def tiny_unet(seed=0, **config):
     torch.manual_seed(seed)
     model = memo.UNet3DConditionModel(**UNET | config).eval()
     model.register_to_config(center_input_sample=False)
-    return set_memory_processors(model)
+    return on_device(set_memory_processors(model))
 
 
 def tiny_reference(seed=0, **config):
@@ -130,7 +131,7 @@ class Clip:
         with torch.no_grad():
             reference = (reference or tiny_reference()).to(dtype)
             features = reference(pictures, torch.tensor(0), encoder_hidden_states=face, return_dict=False)
-        self.inputs = {
+        inputs = {
             "ref_features": features,
             "encoder_hidden_states": face,
             "audio_embedding": randn(batch, frames, 4, AUDIO),
@@ -138,7 +139,7 @@ class Clip:
             "uc_mask": torch.tensor([1] * frames + [0] * frames).bool() if guided else None,
             **more,
         }
-        self.noise = randn(*self.shape)
+        self.inputs, self.noise = on_device(inputs), on_device(randn(*self.shape))
 
 
 def denoise(model, clip, steps=8, first=True, before_step=None, cast=False, timesteps=None):

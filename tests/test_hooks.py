@@ -1,6 +1,7 @@
 """Others on the model: hooks of accelerate and diffusers, wrappers, compiling, saving, copying, reloading."""
 
 import copy
+import functools
 import importlib
 import importlib.util
 import io
@@ -12,6 +13,7 @@ from conftest import equal
 from machines import Loop, fresh
 
 WAY = {"rel_l1_thresh": 0.1}
+WAYS = {"threshold": WAY, "computed steps": {"computed_steps": 3}}
 
 
 class Counter:
@@ -84,7 +86,7 @@ HOOKS += accelerate_around_diffusers, diffusers_around_accelerate
 @pytest.mark.parametrize("hook_first", [True, False])
 @pytest.mark.parametrize("add_hook", HOOKS)
 def test_hooks_before_and_after(machine, add_hook, hook_first):
-    """Both work in either order; removing either leaves the other; and once more."""
+    """Both work in either order; removing either leaves the other."""
     model, job, counter = machine.model(), machine.job(), Counter()
     calls = 8 * machine.passes
     stock, (*cached, schedule) = machine.denoise(model, job), machine.oracle(model, job, **WAY)
@@ -94,23 +96,19 @@ def test_hooks_before_and_after(machine, add_hook, hook_first):
         counter.calls = 0
         assert equal(machine.denoise(model, job), tuple(output)) and counter.calls == calls * hooked
 
-    for _ in range(2):
-        steps = [lambda: machine.apply(model, **WAY), lambda: setattr(counter, "remove", add_hook(model, counter))]
-        for step in reversed(steps) if hook_first else steps:
-            step()
-        expect(cached, hooked=True)
-        assert model.teacache.schedule == schedule and False in schedule
-        machine.apply(model, **WAY)
-        expect(cached, hooked=True)
-        machine.script.remove_teacache(model)
-        expect(stock, hooked=True)
-        machine.apply(model, **WAY)
-        expect(cached, hooked=True)
-        counter.remove()
-        expect(cached, hooked=False)
-        machine.script.remove_teacache(model)
-        expect(stock, hooked=False)
-        assert set(vars(model)) - before <= {"forward", "_diffusers_hook"}, "what the hooks leave"
+    steps = [lambda: machine.apply(model, **WAY), lambda: setattr(counter, "remove", add_hook(model, counter))]
+    for step in reversed(steps) if hook_first else steps:
+        step()
+    expect(cached, hooked=True)
+    assert model.teacache.schedule == schedule and False in schedule
+    machine.script.remove_teacache(model)
+    expect(stock, hooked=True)
+    machine.apply(model, **WAY)
+    counter.remove()
+    expect(cached, hooked=False)
+    machine.script.remove_teacache(model)
+    expect(stock, hooked=False)
+    assert set(vars(model)) - before <= {"forward", "_diffusers_hook"}, "what the hooks leave"
 
 
 OFFLOADS = {
@@ -121,10 +119,9 @@ OFFLOADS = {
 }
 
 
-@pytest.mark.parametrize("offload_first", [True, False])
 @pytest.mark.parametrize("offload", OFFLOADS)
-def test_group_offload(machine, offload, offload_first, tmp_path):
-    """diffusers' own, also to disk: weights that are not there give NaN, and those that lie elsewhere another rounding."""
+def test_group_offload(machine, offload, tmp_path):
+    """diffusers' own: weights that are not there give NaN, and those that lie elsewhere another rounding."""
     hooks = pytest.importorskip("diffusers.hooks")
     options = OFFLOADS[offload] | {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu")}
     if "offload_to_disk_path" in options:
@@ -133,22 +130,49 @@ def test_group_offload(machine, offload, offload_first, tmp_path):
             hooks.apply_group_offloading(torch.nn.Linear(1, 1), **options | {"offload_type": "leaf_level"})
         except TypeError:
             pytest.skip("this diffusers does not offload to disk")
-    model, job = machine.model(), machine.job()
-    stock, (*cached, schedule) = machine.denoise(model, job), machine.oracle(model, job, **WAY)
-    steps = [lambda: machine.apply(model, rel_l1_thresh=0), lambda: hooks.apply_group_offloading(model, **options)]
-    for step in reversed(steps) if offload_first else steps:
-        step()
+    for is_first in (True, False):
+        model, job = machine.model(), machine.job()
+        stock = machine.denoise(model, job), [True] * 8
+        expected = {way: machine.oracle(model, job, **dict(WAYS[way])) for way in WAYS}
+        steps = [lambda m=model: machine.apply(m, **WAY), lambda m=model: hooks.apply_group_offloading(m, **options)]
+        for step in reversed(steps) if is_first else steps:
+            step()
+        for way, (*output, schedule) in expected.items():
+            machine.apply(model, **WAYS[way])
+            if machine.name == "lumina2" and "block" in offload and way == "threshold":
+                with pytest.raises(ValueError, match="use computed_steps, or leaf_level offloading") as error:
+                    machine.denoise(model, job)
+                assert "\n" not in str(error.value)
+                continue
+            assert is_close(machine.denoise(model, job), output) and model.teacache.schedule == schedule
+        machine.script.remove_teacache(model)
+        calls = machine.block_calls(model)
+        assert is_close(machine.denoise(model, job), stock[0]) and len(calls) == 8 * machine.passes, "as stock"
 
-    def is_near(expected):
-        outputs, latents = machine.denoise(model, job)
-        return all(torch.allclose(a, b, atol=1e-4) for a, b in zip([*outputs, latents], [*expected[0], expected[1]]))
 
-    assert is_near(stock), "threshold 0"
-    machine.apply(model, **WAY)
-    assert is_near(cached) and model.teacache.schedule == schedule
-    machine.script.remove_teacache(model)
-    calls = machine.block_calls(model)
-    assert is_near(stock) and len(calls) == 8 * machine.passes, "nothing is cached any more"
+def is_close(found, expected):
+    return all(torch.allclose(a, b, atol=1e-4) for a, b in zip([*found[0], found[1]], [*expected[0], expected[1]]))
+
+
+def block_of(machine, model):
+    return model.layers[0] if machine.name == "lumina2" else model.mid_block
+
+
+@pytest.mark.parametrize("way", ["threshold", "computed steps"])
+def test_blocks_are_never_touched(machine, way):
+    """Hooks on the first block see the computed calls alone, with all their arguments; nothing of ours stays on it."""
+    model, job, calls = machine.model(), machine.job(), []
+    block = block_of(machine, model)
+    before = dict(vars(block))
+    hook = block.register_forward_pre_hook(lambda *args: calls.append(sum(map(len, args[1:]))), with_kwargs=True)
+    machine.denoise(machine.stock(model), job)
+    (arguments,) = set(calls)
+    calls.clear()
+    machine.apply(model, **WAYS[way])
+    machine.denoise(model, job)
+    assert calls == [arguments] * sum(model.teacache.schedule) * machine.passes and False in model.teacache.schedule
+    hook.remove()
+    assert vars(block) == before
 
 
 def test_a_wrapper_put_on_later(machine):
@@ -177,16 +201,31 @@ def test_a_stock_forward_that_hooks_left_behind_is_none_of_others(machine):
     assert equal(machine.denoise(machine.apply(model, **WAY), job), tuple(cached))
 
 
-@pytest.mark.parametrize("how", ["around it", "bound"])
-def test_a_wrapper_that_was_there_before_is_refused(machine, how):
-    """Such as another cache."""
+def own_forward(cls):
+    """With the very name and signature of the stock one."""
+    return functools.wraps(cls.forward)(lambda self, *args, **kwargs: None)
+
+
+OWN = {
+    "around it": lambda cls, model, patch: patch.setattr(model, "forward", Counter().wrap(model.forward)),
+    "bound": lambda cls, model, patch: patch.setattr(model, "forward", own_forward(cls).__get__(model)),
+    "a subclass": lambda cls, model, patch: patch.setattr(
+        model, "__class__", type(cls.__name__, (cls,), {"forward": own_forward(cls)})
+    ),
+    "a patched class": lambda cls, model, patch: patch.setattr(cls, "forward", own_forward(cls)),
+}
+
+
+@pytest.mark.parametrize("how", OWN)
+def test_a_forward_of_others_is_refused(machine, how, monkeypatch):
+    """Such as another cache, or a network of one's own: it is not replaced."""
     model = machine.model()
-    bound = (lambda self, *args, **kwargs: None).__get__(model)
-    model.forward = Counter().wrap(model.forward) if how == "around it" else bound
-    before = dict(vars(model))
-    with pytest.raises(ValueError, match="forward of this .* was replaced: apply TeaCache before that") as error:
+    OWN[how](machine.cls, model, monkeypatch)
+    before, cls, forward = dict(vars(model)), type(model), type(model).forward
+    with pytest.raises(ValueError, match=f"the forward of this .* is not {machine.script.PACKAGE}'s") as error:
         machine.apply(model, **WAY)
-    assert "\n" not in str(error.value) and vars(model) == before
+    assert "\n" not in str(error.value) and "apply TeaCache before" in str(error.value)
+    assert vars(model) == before and type(model) is cls and cls.forward is forward
 
 
 WRAPPED = {
@@ -231,44 +270,50 @@ def test_saved_and_loaded(machine):
     assert "forward" not in vars(loaded)
 
 
-def test_copied(machine):
+@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])
+def test_copied(machine, how):
+    """The copy runs its own modules, and is removed from by itself."""
     model, job = machine.model(), machine.job()
-    stock, (*cached, _) = machine.denoise(model, job), machine.oracle(model, job, **WAY)
     machine.apply(model, **WAY)
-    other, calls = copy.deepcopy(model), machine.block_calls(model)
+    other, weights = how(model), machine.model(1)
+    other._modules = weights._modules
+    stock, (*cached, _) = machine.denoise(weights, job), machine.oracle(weights, job, **WAY)
+    calls = machine.block_calls(model)
     for remove, expected in ((None, cached), (model, cached), (other, stock)):
         if remove:
             machine.script.remove_teacache(remove)
         assert torch.allclose(machine.denoise(other, job)[1], expected[1], atol=1e-4) and not calls
 
 
+def test_a_copy_put_into_the_same_pipeline(machine, told):
+    """Its scheduler still speaks to the first network: nothing is skipped, and it is said, until TeaCache is applied."""
+    loop = Loop(machine)
+    loop.apply(computed_steps=3)
+    loop.draw()
+    loop.model = copy.deepcopy(loop.model)
+    setattr(loop, machine.script.NETWORK, loop.model)
+    loop.draw()
+    assert loop.schedule == [True] * 8 and len(told) == 1 and "apply it to the pipeline again" in told[0]
+    loop.apply(computed_steps=3)
+    loop.draw()
+    assert sum(loop.schedule) == 3
+
+
 def test_removed_by_a_reloaded_module(machine):
-    model, job, script = machine.model(), machine.job(), machine.script
-    stock, (*cached, _) = machine.denoise(model, job), machine.oracle(model, job, **WAY)
-    kept = dict(vars(script))
-    try:
-        machine.apply(model, **WAY)
-        assert importlib.reload(script).remove_teacache is not kept["remove_teacache"]
-        script.remove_teacache(model)
-        assert equal(machine.denoise(model, job), stock) and "forward" not in vars(model)
-        script.apply_teacache(model, 8, coefficients=[1.0, 0.0], **WAY)
-        assert equal(machine.denoise(model, job), tuple(cached))
-    finally:
-        vars(script).update(kept)
-
-
-def test_a_corrected_scheduler_and_a_reloaded_module(machine):
-    """Its class is another now: it is corrected, and set back, all the same."""
+    """The classes of network and scheduler are others now: they are corrected, and set back, all the same."""
     loop, script, way = Loop(machine), machine.script, dict(computed_steps=3)
-    kept, expected, cls = dict(vars(script)), fresh(loop, way), type(loop.scheduler)
+    kept, expected = dict(vars(script)), fresh(loop, way)
+    stock, classes = loop.draw(), (type(loop.model), type(loop.scheduler))
     try:
-        loop.apply(**way)
-        loop.draw()
-        importlib.reload(script)
-        loop.apply(**way)
-        assert equal((loop.draw(), loop.schedule), expected)
-        script.remove_teacache(loop)
-        assert type(loop.scheduler) is cls and "teacache" not in vars(loop.scheduler)
+        for _ in range(2):
+            loop.apply(**way)
+            assert equal((loop.draw(), loop.schedule), expected)
+            assert importlib.reload(script).remove_teacache is not kept["remove_teacache"]
+            loop.apply(**way)
+            assert equal((loop.draw(), loop.schedule), expected)
+            importlib.reload(script).remove_teacache(loop)
+            assert (type(loop.model), type(loop.scheduler)) == classes and equal(loop.draw(), stock)
+            assert "forward" not in vars(loop.model) and "teacache" not in vars(loop.scheduler)
     finally:
         vars(script).update(kept)
 
@@ -297,7 +342,7 @@ def test_removed_by_a_module_of_another_name(machine):
 def test_a_compiled_first_block(machine):
     """As in the recipe: the blocks, in place. With a threshold its modulated input is still found."""
     model, job = machine.model(), machine.job()
-    block = model.layers[0] if machine.name == "lumina2" else machine.block(model)
+    block = block_of(machine, model)
     *expected, schedule = machine.oracle(model, job, **WAY)
     block.compile(backend="eager")
     for way in (WAY, dict(computed_steps=3)):

@@ -12,9 +12,12 @@ from memo_models import (
     denoise,
     memory,
     set_memory,
+    tiny_pipeline,
     tiny_reference,
     tiny_unet,
 )
+
+from test_memo_cli import call
 
 from TeaCache4Memo.teacache_memo import apply_teacache
 
@@ -181,3 +184,41 @@ def test_a_threshold_is_a_length_of_path(model):
             for i, (sigma, t) in enumerate(zip(scheduler.sigmas, scheduler.timesteps)):
                 model((1 - sigma) * x0 + sigma * noise, timestep=t, **clip.inputs, update_past_memory=i == 0)
         assert abs(sum(model.teacache.schedule) - expected) <= 1, thresh
+
+
+# --- what a skipped step of the pipeline waits for ---------------------------------------------------
+
+
+def test_values_read_in_a_skipped_step(monkeypatch):
+    """memo's pipeline makes emotion, mask and doubled latents anew at each step: they are compared, two reads in all.
+
+    Each waits for the GPU; the scheduler's step reads none.
+    """
+    pipeline, reads = tiny_pipeline()[0], {"network": [], "scheduler": []}
+    apply_teacache(pipeline, computed_steps=[0, 1, 7])
+    profiles = []
+
+    def begin(*_):
+        profiles.append(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]))
+        profiles[-1].__enter__()
+
+    def end(where):
+        profiles[-1].__exit__(None, None, None)
+        names = [event.name for event in profiles[-1].events()]
+        reads[where].append(names.count("aten::_local_scalar_dense"))
+
+    pipeline.diffusion_net.register_forward_pre_hook(begin)
+    pipeline.diffusion_net.register_forward_hook(lambda *_: end("network"))
+    step = pipeline.scheduler.step
+
+    def profiled(*args, **kwargs):
+        begin()
+        result = step(*args, **kwargs)
+        end("scheduler")
+        return result
+
+    monkeypatch.setattr(pipeline.scheduler, "step", profiled)
+    pipeline(**call(num_inference_steps=8))
+    assert pipeline.diffusion_net.teacache.schedule == [step in (0, 1, 7) for step in range(8)]
+    assert max(reads["network"][2:7]) <= 2 and max(reads["scheduler"][2:7]) == 0, reads
+    assert reads["network"][0] > 0, "the profiler sees them"
