@@ -156,8 +156,13 @@ def forecast(made, sigma):
     return outputs[-1] + (lasted * min((sigma - sigmas[-1]) / gaps[1], 2.0) * changes[1]).to(outputs[-1].dtype)
 
 
+def decided(outputs):
+    """The excess over noise of the output of the call that has most, in the sample that has least."""
+    return min(max(max(min(x.float().pow(2).mean().item() for x in output) for output in outputs) - 1, 0), 1)
+
+
 @functools.cache
-def chosen(sigmas, count):
+def chosen(sigmas, count, decided=1.0):
     """The steps to compute, by trying all: the length of each skipped step times the square of its distance from the
     last computed one, twice before the last step, which cannot make up for it; summed in hundredths between computed
     steps. Of equal sums, the one whose last steps are the earliest.
@@ -165,7 +170,9 @@ def chosen(sigmas, count):
     steps, end = len(sigmas), len(sigmas) - 1
     if end == 0:
         return (0,)
-    place = [0.75 * steps * (1 - s / (sigmas[0] or 1)) + 0.25 * i for i, s in enumerate(sigmas)] + [steps]
+    shift = 3 ** min(max(2 - 5 * decided, 0), 1)
+    left = [s / (sigmas[0] or 1) for s in sigmas]
+    place = [steps * (1 - s / (s + shift - shift * s)) for s in left] + [steps]
 
     @functools.cache
     def error(a, b):  # of skipping what is between
@@ -187,8 +194,8 @@ class Oracle:
     ):
         self.machine, self.model, self.num_steps = machine, model, num_steps
         self.thresh, self.coefficients, self.plan, self.sigmas = rel_l1_thresh, coefficients, computed_steps, sigmas
-        if isinstance(computed_steps, int):
-            self.plan = chosen(tuple(sigmas or [1 - step / num_steps for step in range(num_steps)]), computed_steps)
+        self.count = computed_steps if isinstance(computed_steps, int) else None
+        self.plan = range(num_steps) if self.count else computed_steps
         self.schedule, self.changes, self.branches, self.accumulated = [], [], {}, 0.0
         self.last, self.where = (None, None), None
 
@@ -231,6 +238,10 @@ class Oracle:
     def decide(self, step, branch, needed, signal):
         (decider, old), self.last = self.last, (branch, signal)
         compute = step == 0 or step >= self.num_steps - 1 or needed or self.thresh == 0
+        if step == 1 and self.count:
+            sigmas = tuple(self.sigmas or [1 - step / self.num_steps for step in range(self.num_steps)])
+            outputs = [memory["made"][-1][1] for memory in self.branches.values() if "made" in memory]
+            self.plan = chosen(sigmas, self.count, decided(outputs))
         if not compute and self.plan is not None:
             compute = step in self.plan
         elif not compute:
