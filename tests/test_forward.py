@@ -4,10 +4,10 @@ import inspect
 
 import pytest
 import torch
-from conftest import equal, tensors_in
+from conftest import equal, on_device
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from lumina_models import CHANNELS, STOCK_FORWARD, conditioning, denoise, tiny_model
-from machines import IDENTITY, Lumina2, Oracle
+from machines import IDENTITY, Lumina2, Oracle, kept, randn
 
 from TeaCache4LuminaT2X.teacache_lumina2 import apply_teacache, teacache_forward
 
@@ -22,14 +22,15 @@ COMPUTED = {  # ways in which every step is computed
 def once(model, lengths=(5,), dtype=torch.float32, t=0.25, **kwargs):
     """One call on its own."""
     embeds, mask = conditioning(lengths, seed=3, dtype=dtype)
-    latents = torch.randn(len(lengths), CHANNELS, 4, 6, generator=torch.Generator().manual_seed(4)).to(dtype)
-    return model(latents, torch.full((len(lengths),), t), embeds, mask, **kwargs)
+    latents = randn((len(lengths), CHANNELS, 4, 6), 4).to(dtype)
+    return model(latents, on_device(torch.full((len(lengths),), t)), embeds, mask, **kwargs)
 
 
 def test_signature_is_the_stock_one():
     assert list(inspect.signature(teacache_forward).parameters) == list(inspect.signature(STOCK_FORWARD).parameters)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("return_dict", [True, False])
 @pytest.mark.parametrize("lengths", [(5,), (5, 2, 9), (4, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -41,7 +42,6 @@ def test_a_computed_step_is_stock_bit_for_bit(return_dict, lengths, dtype, way):
         apply_teacache(model, 9, **COMPUTED[way])
         for t in (0.1, 0.2, 0.25):  # the last call is a middle step
             ours = once(model, lengths, dtype, return_dict=return_dict, t=t)
-    assert tensors_in(model.teacache) or way == "threshold 0"
     assert model.teacache.schedule == [True] * 3
     assert type(ours) is type(stock) is (Transformer2DModelOutput if return_dict else tuple)
     assert ours[0].dtype == dtype and torch.equal(ours[0], stock[0])
@@ -89,6 +89,17 @@ def test_lora_scale(model, scale, way):
         assert torch.equal(once(model)[0], unscaled)
 
 
+def test_lora_scale_that_changes(model):
+    """As a prompt does: in both directions, also to a scale of one."""
+    peft = pytest.importorskip("peft")
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    apply_teacache(model, 9, computed_steps=2)
+    with torch.no_grad():
+        for i, scale in enumerate((1.0, 1.0, 0.4, 0.4, 1.0, None)):
+            once(model, t=0.1 * i, attention_kwargs={"scale": scale} if scale else None)
+    assert repr(model.teacache).endswith("X.X.X.")
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_the_stock_ones(model, checkpointing):
     def gradients(t):
@@ -103,7 +114,7 @@ def test_gradients_are_the_stock_ones(model, checkpointing):
     apply_teacache(model, 10, rel_l1_thresh=100.0, coefficients=IDENTITY)
     ours = [gradients(t) for t in (0.1, 0.2, 0.3)][-1]
     assert len(stock) > 20 and equal(ours, stock)
-    assert model.teacache.schedule == [True] and tensors_in(model.teacache) == []
+    assert model.teacache.schedule == [True] * 3 and kept(model) == []
 
 
 def test_gradient_checkpointing_runs_a_block_again_for_its_gradients(model):
@@ -139,15 +150,6 @@ def modules_run(model, steps=8, uncond=NEGATIVE, **settings):
 def test_with_a_budget_it_runs_no_module_at_all(depth):
     skipped = modules_run(tiny_model(num_layers=depth), computed_steps=3)
     assert skipped == [[]] * 10
-
-
-def test_guidance_compares_no_values(monkeypatch):
-    """It would wait for the GPU: values are for tensors that were cast anew."""
-    model = tiny_model(num_layers=1)
-    apply_teacache(model, 8, computed_steps=3)
-    monkeypatch.setattr(torch, "equal", lambda a, b: 1 / 0)
-    denoise(model, PROMPT, NEGATIVE, steps=8)
-    assert sum(model.teacache.schedule) == 3
 
 
 def test_with_a_threshold_it_runs_no_block(model):
@@ -204,18 +206,4 @@ def test_modes(way, mode):
     apply_teacache(model, 8, coefficients=IDENTITY, **WAYS[way])
     found = denoise(model, **kwargs)
     assert model.teacache.schedule == oracle.schedule and False in oracle.schedule
-    assert equal(found, expected) and tensors_in(model.teacache) == []
-
-
-@pytest.mark.parametrize("way", [dict(rel_l1_thresh=1e9), dict(computed_steps=2)], ids=str)
-def test_tiles_of_two_sizes(model, way):
-    """One prompt: calls are known by their order, and computed where another size comes first in a step."""
-    apply_teacache(model, 9, coefficients=IDENTITY, **way)
-    calls, latents = [], [torch.randn(1, CHANNELS, 4, width) for width in (4, 6)]
-    model.layers[-1].register_forward_hook(lambda *_: calls.append(1))
-    with torch.no_grad():
-        for t, order in ((0.1, (0, 1)), (0.2, (0, 1)), (0.3, (1, 0))):
-            for i in order:
-                (output,) = model(latents[i], torch.tensor([t]), *PROMPT, return_dict=False)
-                assert output.shape == latents[i].shape
-    assert model.teacache.schedule == [True, False, True] and len(calls) == 4
+    assert equal(found, expected) and kept(model) == []

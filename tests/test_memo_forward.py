@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 import torch
-from conftest import equal, tensors_in
-from machines import Memo
+from conftest import equal, on_device
+from machines import Memo, kept, randn
 from memo_models import (
     ONE_LEVEL,
     ONE_LEVEL_REFERENCE,
@@ -37,7 +37,7 @@ def model():
 
 def sample_of(clip, seed=5):
     batch = 1 + clip.guided
-    return torch.randn(batch, *clip.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clip.dtype)
+    return randn((batch, *clip.shape[1:]), seed).to(clip.dtype)
 
 
 def ways_off(model):
@@ -51,7 +51,7 @@ def ways_off(model):
 
 def same_as_stock(model, clip, timestep=500, **more):
     """Output and memory for calls of a first and a later clip, each way off. Returns the outputs."""
-    sample, inputs, outputs = sample_of(clip), {**clip.inputs, **more}, []
+    sample, inputs, outputs = sample_of(clip), on_device({**clip.inputs, **more}), []
     for first, writes in ((True, False), (False, True), (False, False)):
         news = {"is_new_audio": first, "update_past_memory": writes}
         before = memory(model)
@@ -79,6 +79,7 @@ def test_signature_is_the_stock_one():
     assert len(theirs) == 16  # self and 15
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("return_dict", [True, False])
 @pytest.mark.parametrize("guided", [True, False])
 def test_parity(model, guided, return_dict):
@@ -106,6 +107,7 @@ def test_parity_timestep(model, timestep):
     same_as_stock(model, Clip(), timestep=timestep)
 
 
+@pytest.mark.gpu
 def test_parity_additional_inputs():
     """mask_cond_fea, class labels and residuals as a ControlNet gives them, on sides that cannot be halved evenly."""
     generator = torch.Generator().manual_seed(1)
@@ -127,6 +129,7 @@ def test_parity_attention_mask():
     assert not any(map(torch.equal, same_as_stock(model, clip, attention_mask=mask), same_as_stock(model, clip)))
 
 
+@pytest.mark.gpu
 def test_parity_centered_input_in_bfloat16(model):
     model.register_to_config(center_input_sample=True)
     same_as_stock(model.to(torch.bfloat16), Clip(dtype=torch.bfloat16))
@@ -138,14 +141,14 @@ def test_gradients_are_stock(model):
     before, gradients = memory(model), []
     apply_teacache(model, 8, 9.0)
     denoise(model, clip, steps=3)  # stops in the middle of a generation, with a cache
-    assert tensors_in(model.teacache)
+    assert kept(model)
     for forward in (MACHINE.stock(model), model):
         set_memory(model, before)
         model.zero_grad()
         forward(sample_of(clip), timestep=500, **clip.inputs).sample.square().sum().backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     assert gradients[0] and equal(*gradients)
-    assert model.teacache.schedule == [True] and tensors_in(model.teacache) == []
+    assert model.teacache.schedule == [True] and kept(model) == []
 
 
 # --- steps that are skipped -----------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import equal, tensors_in
+from conftest import equal
 from diffusers import FlowMatchEulerDiscreteScheduler
-from machines import Memo, Oracle
+from machines import Memo, Oracle, kept
 from memo_models import (
     ONE_LEVEL,
     ONE_LEVEL_REFERENCE,
@@ -16,7 +16,6 @@ from memo_models import (
     tiny_reference,
     tiny_unet,
 )
-
 from test_memo_cli import call
 
 from TeaCache4Memo.teacache_memo import apply_teacache
@@ -45,7 +44,7 @@ def as_oracle(model, clip, **kwargs):
     set_memory(model, before)
     assert equal(denoise(model, clip, model.num_steps, **kwargs), tuple(expected))
     assert equal(memory(model), expected_memory)
-    assert model.teacache.schedule == schedule and tensors_in(model.teacache) == []
+    assert model.teacache.schedule == schedule and kept(model) == []
     return schedule
 
 
@@ -101,19 +100,20 @@ def test_a_call_that_writes_memory_is_computed(model, settings):
 
 @pytest.mark.parametrize("settings", WAYS, ids=str)
 def test_second_call_of_a_skipped_step_may_write_memory(model, settings):
+    """Of two voices on the same latents, in turns: that call is computed, and its step is printed as computed."""
     clips, calls = (Clip(guided=False, seed=1), Clip(guided=False, seed=2)), []
     apply_teacache(model, STEPS, **settings)
     model.mid_block.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
-        for t in (1000.0, 900.0):
+        for t in (1000.0, 900.0, 800.0):
             for clip in clips:
-                before, writes = memory(model), t == 1000.0 or clip is clips[1]
-                model(clip.noise, timestep=t, **clip.inputs, update_past_memory=writes, is_new_audio=False)
+                before, writes = memory(model), t == 1000.0 or (t == 900.0 and clip is clips[1])
+                model(clips[0].noise, timestep=t, **clip.inputs, update_past_memory=writes, is_new_audio=False)
                 assert equal(before, memory(model)) is not writes
-    assert model.teacache.schedule == [True, False] and len(calls) == 3
+    assert model.teacache.schedule == [True, True, False] and len(calls) == 3
 
 
-@pytest.mark.parametrize("budget", [2, 3, 7, 10, 13, 20])
+@pytest.mark.parametrize("budget", [2, 7, 20])
 def test_a_budget_is_kept_in_every_clip(model, budget):
     """Exactly so many steps of each clip, at memo's own timesteps, evenly; only the first step writes memory."""
     apply_teacache(model, 20, computed_steps=budget)
@@ -205,7 +205,7 @@ def test_values_read_in_a_skipped_step(monkeypatch):
     def end(where):
         profiles[-1].__exit__(None, None, None)
         names = [event.name for event in profiles[-1].events()]
-        reads[where].append(names.count("aten::_local_scalar_dense"))
+        reads[where].append(sum(map(names.count, ("aten::_local_scalar_dense", "aten::equal"))))
 
     pipeline.diffusion_net.register_forward_pre_hook(begin)
     pipeline.diffusion_net.register_forward_hook(lambda *_: end("network"))

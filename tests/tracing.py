@@ -8,6 +8,7 @@ from machines import forecast, is_euler, kept, set_timesteps
 
 PLACES = {"whole": [(0, 8)], "tiles": [(0, 4), (4, 8)], "tiles in another order": [(4, 8), (0, 4)]}
 PLACES |= {"overlapping": [(0, 6), (2, 8)], "moved": [(2, 8), (0, 6)]}
+PLACES |= {"of two sizes": [(0, 4), (2, 8)], "of two sizes, in another order": [(2, 8), (0, 4)]}
 
 
 class Failed(Exception):
@@ -28,7 +29,7 @@ class Traced:
     slope over sigma, which nearly all calls share, so that outputs are extrapolated. The rest of the network is stubs.
     """
 
-    HEIGHT, MARK = 16, 0.3
+    HEIGHT, MARK = 32, 0.3
 
     def __init__(self, machine):
         self.machine, self.calls, self.fails, self.factor = machine, [], False, 1.0
@@ -153,6 +154,8 @@ class RandomLoop:
         self.places, self.prompts, self.scale = "whole", [tuple(range(samples))], 1.0
         self.ran = []  # of each step: whether a call was computed
         self.is_euler = is_euler(scheduler)
+        # such a scheduler may move latents to others that it has kept
+        self.is_careful = hasattr(scheduler, "lower_order_nums") or hasattr(scheduler, "state_in_first_order")
         machine.script.apply_teacache(self.traced.network, scheduler=scheduler, **way)
         self.begin("set")
 
@@ -167,7 +170,7 @@ class RandomLoop:
 
     def begin(self, how):
         """Another image; one that is not set goes in turns with those before."""
-        if how == "set" or self.driver is not self.scheduler:
+        if how == "set" or self.driver is not self.scheduler or self.is_careful:
             set_timesteps(self.scheduler, 6)
             self.images = []
         elif how == "begin index":
@@ -178,6 +181,8 @@ class RandomLoop:
         self.images.append(self.image)
 
     def turn(self):
+        if self.is_careful:
+            return
         self.image, self.is_plain = self.images[(self.images.index(self.image) + 1) % len(self.images)], False
 
     def new_lineages(self):
@@ -186,7 +191,7 @@ class RandomLoop:
     def replace(self, how, in_place=False):
         """By a callback, once a step: mirrored twice, latents are themselves."""
         image = self.image
-        if image.is_replaced:
+        if image.is_replaced or (self.is_careful and how != "blend"):
             return
         image.is_replaced = True
         rand, noise = torch.rand(image.latents.shape, generator=self.traced.generator), self.traced.noise(self.samples)
@@ -261,7 +266,7 @@ class RandomLoop:
                 assert made_of <= {meaning[b] for meaning in meanings}
         image.moved, image.latents = after - image.latents, after
         image.index = image.next = index + 1
-        image.is_replaced &= not self.is_euler  # others go back to latents that they have kept
+        image.is_replaced = False
         if self.driver is not self.scheduler:
             image.lineages = self.new_lineages()
         elif image.index == len(timesteps):
