@@ -395,7 +395,7 @@ class TeaCacheState:
         self.step, self.sigma, self.index = -1, -math.inf, None  # none yet; index: the scheduler's
         self.sigma_given, self.latents, self.version = None, None, None  # by its first call
         self.is_computed = None  # what was decided in its first call
-        self.is_partial = False  # whether it began with a call that was not its first
+        self.is_partial = False  # whether calls of it are missing, as one of them has failed
         self.branch = None  # of the running call
         self.branches = []  # of the calls that have ended
         self.has_skipped = False  # whether one of them was skipped
@@ -489,6 +489,13 @@ class TeaCacheState:
         is_again = is_same(self.branch.conditioning, conditioning) and is_near(latents, self.branch.latents)
         return is_again and not any(is_same(branch.conditioning, conditioning) for branch in self.branches)
 
+    def is_first_call(self, latents, conditioning):
+        """Whether the call after one that has failed is the first of a step: an image begins, or the step is repeated."""
+        if not self.branches or self.latents is None or not is_near(latents, self.latents):
+            return True
+        is_failed = is_same(self.branch.conditioning, conditioning)
+        return is_same(self.branches[0].conditioning, conditioning) and not is_failed
+
     def goes_on(self, latents, sigma):
         """Without a scheduler: whether this is the next step. The latents are nearer to those of this image than to others."""
         if not self.branches:  # of a step after the last one
@@ -573,10 +580,10 @@ class Branch:
 
     def is_of(self, latents):
         """False if this was a call on other latents than those of the scheduler's step. Copies are compared later."""
-        self.place = place_in(self.latents, latents)
-        if self.place is None:
+        self.place = place_in(latents, self.latents)
+        if not share_memory(self.latents, latents):
             self.is_own = near(self.latents, latents)
-        return self.place is not None or not share_memory(self.latents, latents)
+        return self.place is not None
 
     def fits(self, call, moved):
         """Whether a call is this one, a step later: with the same conditioning, on what has become of its latents."""
@@ -584,7 +591,7 @@ class Branch:
             return False
         if moved is None:  # without a scheduler
             return self.leads_to(call.latents, call.sigma) and is_same(self.conditioning, call.conditioning)
-        if self.place != place_in(call.latents, moved.returned):
+        if self.place != place_in(moved.returned, call.latents):
             return False
         return is_same(self.conditioning, call.conditioning, self.is_own)
 
@@ -612,7 +619,8 @@ class Moved:
         the step has moved them. Other images, and moved or mirrored ones, are 0.7 to 1.4 times their own size away.
         """
         is_untouched = self.version is not None and version_of(latents) == self.version
-        if is_untouched and place_in(latents, self.returned) is not None:
+        is_part = share_memory(latents, self.returned) and place_in(self.returned, latents) is not None
+        if is_untouched and is_part:
             return True
         return not exactly and is_near(latents, self.value, 2 * self.length)
 
@@ -662,14 +670,14 @@ def version_of(tensor):
     return None if tensor.is_inference() else tensor._version
 
 
-def place_in(part, whole):
-    """Where a tensor lies in the memory of another one, of tiles say: (offset, stride, shape). None: not in it."""
+def place_in(whole, part):
+    """Where a view lies in a tensor, of tiles say: (offset, stride, shape), or "whole", as are copies. None: beside it."""
     offset = part.storage_offset() - whole.storage_offset()
+    is_all = offset == 0 and (part.shape, part.stride()) == (whole.shape, whole.stride())
+    if is_all or not share_memory(part, whole):
+        return "whole"
     extent = sum((length - 1) * stride for length, stride in zip(whole.shape, whole.stride()))
-    if not share_memory(part, whole) or not 0 <= offset <= extent:
-        return None
-    is_whole = (part.shape, part.stride()) == (whole.shape, whole.stride())
-    return "whole" if is_whole else (offset, part.stride(), part.shape)
+    return (offset, part.stride(), part.shape) if 0 <= offset <= extent else None
 
 
 # ---- which step a call belongs to --------------------------------------------
@@ -683,13 +691,15 @@ def begin_call(model, sigma, latents, *conditioning, is_new=False):
     conditioning: all else that the output depends on. is_new: the call uses nothing of the steps before.
     """
     cache, scheduler = vars(model).get("teacache") or TeaCacheState(), vars(model).get("teacache_scheduler")
-    has_failed = cache.branch is not None and not cache.is_repeated(latents, conditioning)  # the call before, and ...
+    has_failed = cache.branch is not None and not cache.is_repeated(latents, conditioning)
+    is_partial = has_failed and not cache.is_first_call(latents, conditioning)
     if torch.is_grad_enabled():
         cache = count_only(cache, sigma, "gradients are on (use torch.no_grad())", is_said=not model.training)
     elif scheduler is None:
         cache = count_steps(model, cache, sigma, latents, has_failed)
     else:
         cache = follow(model, cache, scheduler, sigma, latents, has_failed)
+    cache.is_partial |= is_partial
     is_on = getattr(model, "enable_teacache", False) and (cache.plan is not None or cache.rel_l1_thresh > 0)
     cache.is_on = is_on and not cache.is_last_step
     cache.open_call(latents, conditioning, is_new)
@@ -726,9 +736,7 @@ def follow(model, cache, scheduler, sigma, latents, has_failed):
         anew.schedule = cache.schedule[:-1]
     elif step == cache.step + 1 and cache.step >= 0:  # the loop goes on, with other latents
         anew.schedule = cache.schedule
-    anew.begin_step(step, sigmas[step], index, sigma, latents)
-    anew.is_partial = has_failed
-    return anew
+    return anew.begin_step(step, sigmas[step], index, sigma, latents)
 
 
 def count_steps(model, cache, sigma, latents, has_failed):
@@ -747,9 +755,7 @@ def count_steps(model, cache, sigma, latents, has_failed):
         if now == cache.sigma:  # images in turns, or one that was stopped in this step
             anew.rivals = [x for x in (*cache.rivals, cache.latents) if x is not None and x.shape == latents.shape][-2:]
         cache = anew
-    cache.begin_step(cache.step + 1, now, None, sigma, latents.clone())
-    cache.is_partial = has_failed
-    return cache
+    return cache.begin_step(cache.step + 1, now, None, sigma, latents.clone())
 
 
 def count_only(cache, sigma, why, timesteps=None, is_said=True):
