@@ -440,6 +440,17 @@ class TeaCacheState:
         is_again = is_same(self.branch.conditioning, conditioning) and is_near(latents, self.branch.latents)
         return is_again and not any(is_same(branch.conditioning, conditioning) for branch in self.branches)
 
+    def leads_to(self, latents, sigma):
+        """With a scheduler: whether a call is of the next step, on what the scheduler has returned, or near that.
+
+        What was put in its place is compared by value, with the sigma: timesteps may be rounded, to thousandths.
+        """
+        if self.moved.is_returned(latents):
+            return True
+        expected = self.sigmas[self.step + 1]
+        is_due = (sigma - expected).abs() <= max(0.5 * (self.sigma - expected), 0.001)
+        return not self.in_turns and bool(self.moved.is_near(latents) & is_due)
+
     def is_first_call(self, latents, conditioning):
         """Whether the call after one that has failed is the first of a step: an image begins, or the step is repeated."""
         if not self.branches or self.latents is None or not is_near(latents, self.latents):
@@ -563,17 +574,18 @@ class Moved:
         self.value = returned.clone()  # somebody may write into it
         self.length = size_of(returned.float() - latents.float())
 
-    def leads_to(self, latents, exactly):
-        """Whether a call on these latents is of the next step. Those that were replaced are compared by value.
-
-        A callback that blends, as in inpainting, puts them where another velocity would have: at most twice as far as
-        the step has moved them. Other images, and moved or mirrored ones, are 0.7 to 1.4 times their own size away.
-        """
+    def is_returned(self, latents):
+        """Whether these are the very latents, or a part of them, and nobody has written into them."""
         is_untouched = self.version is not None and version_of(latents) == self.version
-        is_part = share_memory(latents, self.returned) and place_in(self.returned, latents) is not None
-        if is_untouched and is_part:
-            return True
-        return not exactly and is_near(latents, self.value, 2 * self.length)
+        return is_untouched and share_memory(latents, self.returned) and place_in(self.returned, latents) is not None
+
+    def is_near(self, latents):
+        """Whether they are at most twice as far as the step has moved them.
+
+        A callback that blends, as in inpainting, puts them where another velocity would have, which is not farther. Other
+        images, and moved or mirrored ones, are 0.7 to 1.4 times their own size away.
+        """
+        return near(latents, self.value, 2 * self.length)
 
 
 def is_same(conditioning, other, also=True):
@@ -670,7 +682,7 @@ def follow(model, cache, scheduler, sigma, latents, has_failed):
     elif cache.halted is None and not has_failed:
         if cache.is_another_call(latents):
             return cache
-        if cache.moved is not None and index == cache.step + 1 and cache.moved.leads_to(latents, cache.in_turns):
+        if cache.moved is not None and index == cache.step + 1 and cache.leads_to(latents, sigma):
             return cache.begin_step(index, cache.sigmas[index], index, sigma, latents)
         is_unseen = cache.moved is None and index in (cache.index, cache.step + 1)
         if is_unseen and cache.sigma_given is not None and not torch.equal(sigma, cache.sigma_given):
@@ -679,13 +691,14 @@ def follow(model, cache, scheduler, sigma, latents, has_failed):
     if cache.halted is not None or is_unset or (index is not None and index >= len(timesteps)):
         return count_only(cache, sigma, cache.halted or NOT_SEEN, timesteps)
     sigmas = (timesteps.cpu().double() / num_train_timesteps).tolist()
-    step = np.abs(np.array(sigmas) - sigma.item()).argmin().item() if index is None else index
+    nearest = np.abs(np.array(sigmas) - sigma.item()).argmin().item()
+    step = nearest if index is None else index
     watch(scheduler, model)
     anew = new_generation(model, sigmas, timesteps)
     anew.in_turns = step == cache.step
     if has_failed and anew.in_turns:  # this step once more
         anew.schedule = cache.schedule[:-1]
-    elif step == cache.step + 1 and cache.step >= 0:  # the loop goes on, with other latents
+    elif step == nearest == cache.step + 1 > 0:  # the loop goes on, with other latents
         anew.schedule = cache.schedule
     return anew.begin_step(step, sigmas[step], index, sigma, latents)
 

@@ -293,7 +293,7 @@ def test_a_copy_put_into_the_same_pipeline(machine, told):
     loop.model = copy.deepcopy(loop.model)
     setattr(loop, machine.script.NETWORK, loop.model)
     loop.draw()
-    assert loop.schedule == [True] * 8 and len(told) == 1 and "apply it to the pipeline again" in told[0]
+    assert loop.schedule == [True] * 8 and len(told) == 1 and "apply TeaCache again" in told[0]
     loop.apply(computed_steps=3)
     loop.draw()
     assert sum(loop.schedule) == 3

@@ -155,7 +155,6 @@ def test_returned_latents_at_another_time(machine):
         assert loop.traced.call(loop.image.latents, loop.scheduler.timesteps[4], *args)[1]
 
 
-@pytest.mark.xfail(reason="torch does not count what is written in inference mode", strict=True)
 def test_latents_replaced_in_place_in_inference_mode(machine):
     loop = RandomLoop(machine, SCHEDULERS["Euler"](), dict(computed_steps=2))
     with torch.inference_mode():
@@ -164,7 +163,6 @@ def test_latents_replaced_in_place_in_inference_mode(machine):
             loop.happen(*event)
 
 
-@pytest.mark.xfail(reason="a call on the memory of the running step's latents is one of that step", strict=True)
 def test_another_image_in_the_same_memory(machine):
     """As where a network is given its latents in one buffer: the second call of a step draws another image than before."""
     loop = RandomLoop(machine, SCHEDULERS["Euler"](), dict(computed_steps=2))

@@ -78,7 +78,7 @@ REMADE = {
 @pytest.mark.parametrize(
     "how",
     [
-        pytest.param("from_pipe", marks=pytest.mark.xfail(reason="diffusers wants the very class of the network")),
+        "from_pipe",
         "components",
     ],
 )
