@@ -15,11 +15,14 @@ from machines import chosen, forecast, set_timesteps, sigmas_of
 
 from TeaCache4Memo import teacache_memo as script
 
-CHOSEN = {  # (shift, computed steps): of 30 steps
-    (2.0, 15): "0 3 6 9 11 13 15 17 19 21 23 25 27 28 29",
-    (2.0, 10): "0 5 9 13 16 19 22 25 27 29",
-    (6.0, 15): "0 4 8 11 14 17 19 21 23 24 25 26 27 28 29",
-    (0.33, 10): "0 2 4 6 9 12 16 20 25 29",
+CHOSEN = {  # (shift, computed steps, how much is decided): of 30 steps
+    (2.0, 15, 1.0): "0 3 6 9 12 14 16 18 20 22 24 26 27 28 29",
+    (6.0, 15, 1.0): "0 6 10 13 16 18 20 22 23 24 25 26 27 28 29",
+    (6.0, 8, 1.0): "0 12 18 22 25 27 28 29",
+    (6.0, 8, 0.3): "0 11 17 21 24 26 28 29",
+    (6.0, 8, 0.0): "0 7 12 17 21 24 27 29",
+    (1.0, 10, 0.0): "0 1 3 5 7 10 13 17 23 29",
+    (0.33, 10, 1.0): "0 1 3 5 7 10 13 17 23 29",
 }
 
 
@@ -29,15 +32,15 @@ def scheduler_sigmas(steps, shift):
     return sigmas_of(scheduler)
 
 
-@pytest.mark.parametrize("shift, budget", CHOSEN)
-def test_the_choice_itself(shift, budget):
+@pytest.mark.parametrize("shift, budget, decided", CHOSEN)
+def test_the_choice_itself(shift, budget, decided):
     """Pinned: published figures were measured with these. It depends on the way alone: not on rounding, where several
     choices are equally good, nor on where the way begins, as in image to image.
     """
     sigmas = np.array(scheduler_sigmas(30, shift))
     noise = 1e-7 * np.random.default_rng(0).standard_normal(30)
     for same in (sigmas, sigmas + noise, 0.4 * sigmas):
-        assert " ".join(map(str, script.choose_steps(same, budget))) == CHOSEN[shift, budget]
+        assert " ".join(map(str, script.choose_steps(same, budget, decided))) == CHOSEN[shift, budget, decided]
 
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=10), st.integers(2, 10))
@@ -121,3 +124,13 @@ def test_the_correction_itself(terms, skipped, junk, computed, close):
     moved = correction(0.5, 0.4, true(0.5), True)
     assert (moved - 0.5 / (2 * 0.5 - 0.4) * missing).abs().max() < 1e-9
     assert correction(0.4, 0.3, 9.0, True).abs().max() == 0, "once"
+
+
+def test_how_much_is_decided():
+    """Of the call that knows most, in the sample that knows least; noise alone, an image as large as noise, and more."""
+    noise = [(-1.0) ** torch.arange(64.0).view(1, 4, 4, 4)]
+    image = torch.ones(1, 4, 4, 4)
+    for size, decided in ((0.0, 0.0), (0.5, 0.25), (1.0, 1.0), (3.0, 1.0)):
+        outputs = [noise[0] - size * image, noise[0]]
+        assert script.measure_decided(outputs) == pytest.approx(decided)
+        assert script.measure_decided([torch.cat([outputs[0], noise[0]])]) == 0
