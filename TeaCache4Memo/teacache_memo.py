@@ -419,6 +419,10 @@ class TeaCacheState:
         return 0.0 if self.is_last_step else self.sigmas[self.step + 1]
 
     @property
+    def may_skip(self):
+        return self.plan is not None or self.rel_l1_thresh > 0
+
+    @property
     def by_threshold(self):
         return self.is_on and self.plan is None
 
@@ -712,8 +716,7 @@ def begin_call(model, sigma, latents, *conditioning, is_new=False):
     else:
         cache = follow(model, cache, scheduler, sigma, latents, has_failed)
     cache.is_partial |= is_partial
-    is_on = getattr(model, "enable_teacache", False) and (cache.plan is not None or cache.rel_l1_thresh > 0)
-    cache.is_on = is_on and not cache.is_last_step
+    cache.is_on = getattr(model, "enable_teacache", False) and cache.may_skip and not cache.is_last_step
     cache.open_call(latents, conditioning, is_new)
     model.teacache = cache
     return cache
@@ -805,10 +808,10 @@ class StandIn(type):
     """The kind of classes with a method of our own. They equal the stock class, which pipelines look for."""
 
     def __eq__(cls, other):
-        return cls is other or getattr(cls, "stock_class", cls) is other
+        return other is cls or other is cls.stock_class
 
     def __hash__(cls):
-        return hash(getattr(cls, "stock_class", None)) if "stock_class" in vars(cls) else type.__hash__(cls)
+        return hash(cls.stock_class)
 
 
 @functools.cache
@@ -825,7 +828,8 @@ def watched(stock):
         is_running = cache and cache.timesteps is self.timesteps and cache.step + 1 == self.step_index
         if not is_running or cache.latents is None or cache.moved is not None:
             return result  # the network was not called for it
-        if any(map(torch.is_tensor, given)) or state_of_random(sample.device, given) != random_state:
+        is_random = any(map(torch.is_tensor, given)) or state_of_random(sample.device, given) != random_state
+        if is_random and cache.may_skip:
             cache.halt(f"{stock.__name__} adds noise in its steps")
             return result
         return finish_step(self, cache, model_output, sample, result)
