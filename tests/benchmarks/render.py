@@ -55,7 +55,8 @@ def load(folder=RESULTS):
         whole["rows"] = {key: SimpleNamespace(**row) for key, row in whole.get("rows", {}).items()}
         known = len(whole.get("about", {}).get("known", ()))
         for row in whole["rows"].values():
-            row.known = known  # as many of its prompts come first
+            if not hasattr(row, "known"):  # dB of that group
+                row.known = known  # as many of its prompts come first
         found[path.stem] = SimpleNamespace(**whole)
     for name, group in itertools.product([*found], OTHER_GROUPS):  # measured in files of their own, beside
         if f"{name}_{group}" in found:
