@@ -223,12 +223,11 @@ def few(values, below=40):
 
 
 def front_memo(results):
-    """Seven rows for the front page."""
+    """Six rows for the front page."""
     found = results["memo_peers"].rows
     rows = [
         ("uncached", "uncached_20"),
         ("14 steps, no cache", "plain_steps_14"),
-        ("10 steps, no cache", "plain_steps_10"),
         ("DeepCache, with a shallow part in each step", "deepcache_interval_3_branch_0"),
         ("TeaCache's rule, 0.15, corrected: the default", "teacache_s_rule_corrected_0_15"),
         ("**`computed_steps` 14**", "computed_steps_14"),
