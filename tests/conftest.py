@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-GPUS = {key: value for key, value in os.environ.items() if key == "CUDA_VISIBLE_DEVICES"}
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in parallel instead
 
 import numpy as np

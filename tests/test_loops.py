@@ -80,6 +80,7 @@ STORIES = {  # what happens; then the schedule, or None where only its truth is 
         for how in ("roll", "mirror", "noise", "blend")
         for in_place in (False, True)
     },
+    "of another shape": ([RUN, ("replace", "crop"), *[RUN] * 5], "XX.X.X", FEW, EULER),
     "rolled at every step": ([RUN, *[("replace", "roll"), RUN] * 5], "XXXXXX", FEW, EULER),
     "tiles": ([("set", "places", "overlapping"), *[RUN] * 6], "X..X.X", FEW, EULER),
     "tiles that move": (
@@ -99,6 +100,7 @@ STORIES = {  # what happens; then the schedule, or None where only its truth is 
     "a batch reordered in a gap": ([*[RUN] * 2, ("reorder", True), *[RUN] * 4], "X.XX.X", FEW, EULER),
     "prompts reordered": ([*[RUN] * 2, ("reorder", False), *[RUN] * 4], "X.XX.X", FEW, EULER),
     "another prompt in a gap": ([*[RUN] * 2, ("prompt", 5), *[RUN] * 4], "X.XX.X", FEW, EULER),
+    "another prompt at every step": ([x for i in range(6) for x in (("prompt", i), RUN)], "XXXXXX", FEW, EULER),
     "guidance ends in a gap": ([("guide",), *[RUN] * 4, ("guide",), *[RUN] * 2], "X..X.X", FEW, EULER),
     "guidance comes back in a gap": ([*[RUN] * 4, ("guide",), *[RUN] * 2], "X..XXX", FEW, EULER),
     "scale of LoRA layers": ([*[RUN] * 2, ("set", "scale", 0.5), *[RUN] * 4], "X.XX.X", FEW, EULER),

@@ -178,22 +178,6 @@ def test_calls_that_come_and_go(machine, way):
     assert loop.schedule == [step in (0, 2, 5, 7) for step in range(8)], "a step with a computed call"
 
 
-@pytest.mark.parametrize("how", ["disabled", "gradients"])
-@pytest.mark.parametrize("way", HOLD, ids=str)
-def test_switched_off_midway_nothing_old_is_used(machine, how, way):
-    """Steps that TeaCache did not see make its cache too old: the next that it sees is computed."""
-    loop = Loop(machine)
-    machine.script.apply_teacache(loop.model, 20, coefficients=IDENTITY, **way)
-    calls = machine.block_calls(loop.model)
-    for step in range(8):
-        calls.clear()
-        away = step in (3, 4)
-        loop.model.enable_teacache = not (how == "disabled" and away)
-        with torch.set_grad_enabled(how == "gradients" and away):
-            loop.call(loop.latents(0), torch.tensor(1000.0 - 50 * step))
-        assert bool(calls) == (step in (0, 3, 4, 5)), step
-
-
 def test_settings_that_change_midway_hold_from_the_next_generation_on(machine):
     """Also those in a list of the caller's own; threshold 0 goes before a budget."""
     model, job, steps = machine.model(), machine.job(), [0, 2, 7]
@@ -252,15 +236,6 @@ def test_an_image_that_begins_where_one_was_stopped(machine):
                 calls.clear()
                 loop.call(loop.latents(int(t)), torch.tensor(t))
                 assert calls and loop.schedule == [True]
-
-
-def test_after_a_generation_of_one_step_as_fresh(machine):
-    model = machine.apply(machine.model(), 1, rel_l1_thresh=9.0)
-    for _ in range(2):
-        machine.denoise(model, machine.job(), 1)
-    model.num_steps = 5
-    machine.denoise(model, machine.job(1), 5)
-    assert model.teacache.schedule == [True, False, False, False, True]
 
 
 generations = st.fixed_dictionaries(

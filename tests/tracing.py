@@ -196,6 +196,7 @@ class RandomLoop:
         image.is_replaced = True
         rand, noise = torch.rand(image.latents.shape, generator=self.traced.generator), self.traced.noise(self.samples)
         put = {"roll": image.latents.roll(3, -1), "mirror": image.latents.flip(-1), "noise": noise}
+        put["crop"] = image.latents[..., : self.traced.HEIGHT // 2, :]
         put["blend"] = image.latents + 0.5 * rand * image.moved  # as inpainting does
         image.lineages = image.lineages if how == "blend" else self.new_lineages()
         if in_place:
