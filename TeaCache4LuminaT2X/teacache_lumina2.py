@@ -548,7 +548,8 @@ class Branch:
         """False if this was a call on other latents than those of the scheduler's step. Copies are compared later."""
         self.place = place_in(latents, self.latents)
         if not share_memory(self.latents, latents):
-            self.is_own = near(self.latents, latents)
+            rounding = torch.finfo(torch.bfloat16).eps * size_of(latents)  # the copy may be of another type
+            self.is_own = near(self.latents, latents, rounding)
         return self.place is not None
 
     def fits(self, call, moved):

@@ -597,7 +597,8 @@ class Branch:
         """False if this was a call on other latents than those of the scheduler's step. Copies are compared later."""
         self.place = place_in(latents, self.latents)
         if not share_memory(self.latents, latents):
-            self.is_own = near(self.latents, latents)
+            rounding = torch.finfo(torch.bfloat16).eps * size_of(latents)  # the copy may be of another type
+            self.is_own = near(self.latents, latents, rounding)
         return self.place is not None
 
     def fits(self, call, moved):
@@ -1420,6 +1421,7 @@ def quiet():
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     diffusers.utils.logging.set_verbosity_error()
+    logger.setLevel("WARNING")  # not those of TeaCache
     transformers.utils.logging.disable_progress_bar()
 
 

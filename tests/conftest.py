@@ -125,6 +125,9 @@ def cpu_only(monkeypatch):
 @pytest.fixture
 def told():
     """The lines that TeaCache has said by diffusers' logger, as it is without being configured."""
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_warning()  # a command line that ran before may have turned it down
     lines, handler, logger = [], logging.Handler(), logging.getLogger("diffusers")
     handler.emit = lambda record: "teacache" in record.name and lines.append(record.getMessage())
     logger.addHandler(handler)

@@ -1,5 +1,6 @@
 """The correction of skipped steps, through the pipeline; its formula is in test_budget.py."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import equal
@@ -28,7 +29,7 @@ def drawn_of(loop, velocities, sigmas=None, dtype=torch.float32):
     """The last of some latents, zeros at the beginning, moved by these velocities: (steps, samples, ...)."""
     set_timesteps(loop.scheduler, len(velocities))
     if sigmas:
-        loop.scheduler.set_timesteps(sigmas=sigmas)
+        loop.scheduler.set_timesteps(sigmas=np.array(sigmas))
     latents = torch.zeros_like(velocities[0]).to(dtype)
     with torch.no_grad():
         for t, velocity in zip(loop.scheduler.timesteps, velocities.to(dtype)):
