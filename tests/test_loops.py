@@ -1,22 +1,12 @@
 """Strange loops become slow, never wrong: random ones, and each that was once wrong."""
 
-import diffusers
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machines import SCHEDULERS, scheduler
 from tracing import PLACES, RandomLoop
 
-FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
-SCHEDULERS = {
-    "Euler": lambda: FlowMatchEulerDiscreteScheduler(shift=2.0),
-    "stochastic": lambda: FlowMatchEulerDiscreteScheduler(shift=2.0, stochastic_sampling=True),
-    "LCM": lambda: diffusers.FlowMatchLCMScheduler(shift=2.0),
-    "Heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=2.0),
-    "UniPC": lambda: diffusers.UniPCMultistepScheduler(**FLOW),
-    "DPM": lambda: diffusers.DPMSolverMultistepScheduler(**FLOW),
-}
 WAYS = [dict(computed_steps=k) for k in (2, 3, [0, 1, 2, 5], [0, 2, 3, 5])]
 WAYS += [dict(rel_l1_thresh=thresh, coefficients=[1.0, 0.0]) for thresh in (0.3, 9.0)]
 
@@ -36,6 +26,7 @@ happens = st.one_of(
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_random_loops(machine, name):
+    scheduler(name)  # or this diffusers has none
 
     @settings(max_examples=50)
     @given(st.sampled_from(WAYS), st.integers(1, 2), st.lists(happens, max_size=20))
@@ -43,7 +34,7 @@ def test_random_loops(machine, name):
     def check(way, samples, events):
         if name == "Heun" and "computed_steps" in way:  # has 11 timesteps
             way = dict(computed_steps=4)
-        loop = RandomLoop(machine, SCHEDULERS[name](), way, samples)
+        loop = RandomLoop(machine, scheduler(name), way, samples)
         for event in events:
             loop.happen(*event)
         while loop.image.index < len(loop.scheduler.timesteps):
@@ -129,7 +120,7 @@ def test_a_loop(machine, story, name):
     events, line, way, _ = STORIES[story]
     way = dict(computed_steps=4) if name == "Heun" else way
     with torch.no_grad():
-        loop = RandomLoop(machine, SCHEDULERS[name](), way, samples=2)
+        loop = RandomLoop(machine, scheduler(name), way, samples=2)
         for event in events:
             loop.happen(*event)
         while loop.image.index < len(loop.scheduler.timesteps):
@@ -141,7 +132,7 @@ def test_a_loop(machine, story, name):
 @pytest.mark.xfail(reason="twice the length of such a step is farther than another image", strict=True)
 def test_latents_that_a_scheduler_moves_far(machine):
     """Rolled twice: UniPC corrects its last step, from the latents that it had kept, and so undoes the first one."""
-    loop = RandomLoop(machine, SCHEDULERS["UniPC"](), dict(computed_steps=2))
+    loop = RandomLoop(machine, scheduler("UniPC"), dict(computed_steps=2))
     with torch.no_grad():
         for event in (CARELESS, RUN, ("replace", "roll"), RUN, ("replace", "roll"), RUN):
             loop.happen(*event)
@@ -150,7 +141,7 @@ def test_latents_that_a_scheduler_moves_far(machine):
 @pytest.mark.xfail(reason="a call on what the scheduler has returned is not asked for its time", strict=True)
 def test_returned_latents_at_another_time(machine):
     """Of another scheduler's, say, to which a stopped image goes."""
-    loop = RandomLoop(machine, SCHEDULERS["Euler"](), dict(computed_steps=2))
+    loop = RandomLoop(machine, scheduler("Euler"), dict(computed_steps=2))
     with torch.no_grad():
         loop.run()
         args = loop.traced.conditioning((0,)), 99, [(1, 0, 1.0, (0, 8))]
@@ -159,7 +150,7 @@ def test_returned_latents_at_another_time(machine):
 
 @pytest.mark.xfail(reason="torch does not count what is written in inference mode", strict=True)
 def test_latents_replaced_in_place_in_inference_mode(machine):
-    loop = RandomLoop(machine, SCHEDULERS["Euler"](), dict(computed_steps=2))
+    loop = RandomLoop(machine, scheduler("Euler"), dict(computed_steps=2))
     with torch.inference_mode():
         loop.begin("set")
         for event in (RUN, ("replace", "noise", True), RUN):
@@ -169,7 +160,7 @@ def test_latents_replaced_in_place_in_inference_mode(machine):
 @pytest.mark.xfail(reason="a call on the memory of the running step's latents is one of that step", strict=True)
 def test_another_image_in_the_same_memory(machine):
     """As where a network is given its latents in one buffer: the second call of a step draws another image than before."""
-    loop = RandomLoop(machine, SCHEDULERS["Euler"](), dict(computed_steps=2))
+    loop = RandomLoop(machine, scheduler("Euler"), dict(computed_steps=2))
     buffer = loop.traced.noise(1)
     with torch.no_grad():
         prompt, images = loop.traced.conditioning((0,)), [loop.traced.noise(1) for _ in range(2)]
