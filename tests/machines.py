@@ -5,7 +5,9 @@ import functools
 import itertools
 
 import conftest
+import diffusers
 import numpy as np
+import pytest
 import torch
 from conftest import on_device, tensors_in
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -254,6 +256,30 @@ class Oracle:
             compute = not self.accumulated < self.thresh
         self.accumulated = 0.0 if compute else self.accumulated
         return compute
+
+
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+SCHEDULERS = {
+    "Euler": ("FlowMatchEulerDiscreteScheduler", {"shift": 2.0}),
+    "stochastic": ("FlowMatchEulerDiscreteScheduler", {"shift": 2.0, "stochastic_sampling": True}),
+    "LCM": ("FlowMatchLCMScheduler", {"shift": 2.0}),
+    "Heun": ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}),
+    "UniPC": ("UniPCMultistepScheduler", FLOW),
+    "UniPC, merged timesteps": ("UniPCMultistepScheduler", {**FLOW, "flow_shift": 20.0}),
+    "DPM": ("DPMSolverMultistepScheduler", FLOW),
+    "Euler, a large shift": ("FlowMatchEulerDiscreteScheduler", {"shift": 100.0}),
+}
+
+
+def scheduler(name):
+    """One of these, or the test is skipped."""
+    cls, config = SCHEDULERS[name]
+    try:
+        found = getattr(diffusers, cls)(**config)
+        found.set_timesteps(8)
+        return found
+    except (TypeError, ValueError, AttributeError):
+        pytest.skip(f"not with diffusers {diffusers.__version__}")
 
 
 class Stopped(Exception):

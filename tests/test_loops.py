@@ -1,32 +1,14 @@
 """Strange loops become slow, never wrong: random ones, and each that was once wrong."""
 
-import diffusers
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machines import SCHEDULERS, scheduler
 from tracing import PLACES, RandomLoop
 
-FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
-SCHEDULERS = {
-    "Euler": lambda: FlowMatchEulerDiscreteScheduler(shift=2.0),
-    "stochastic": lambda: FlowMatchEulerDiscreteScheduler(shift=2.0, stochastic_sampling=True),
-    "LCM": lambda: diffusers.FlowMatchLCMScheduler(shift=2.0),
-    "Heun": lambda: diffusers.FlowMatchHeunDiscreteScheduler(shift=2.0),
-    "UniPC": lambda: diffusers.UniPCMultistepScheduler(**FLOW),
-    "DPM": lambda: diffusers.DPMSolverMultistepScheduler(**FLOW),
-}
 WAYS = [dict(computed_steps=k) for k in (2, 3, [0, 1, 2, 5], [0, 2, 3, 5])]
 WAYS += [dict(rel_l1_thresh=thresh, coefficients=[1.0, 0.0]) for thresh in (0.3, 9.0)]
-
-
-def scheduler(name):
-    try:
-        return SCHEDULERS[name]()
-    except (AttributeError, TypeError):
-        pytest.skip(f"not with diffusers {diffusers.__version__}")
-
 
 happens = st.one_of(
     *[st.tuples(st.just("run"))] * 3,
@@ -44,7 +26,7 @@ happens = st.one_of(
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_random_loops(machine, name):
-    scheduler(name)  # or skip
+    scheduler(name)  # or this diffusers has none
 
     @settings(max_examples=50)
     @given(st.sampled_from(WAYS), st.integers(1, 2), st.lists(happens, max_size=20))

@@ -155,7 +155,7 @@ class RandomLoop:
         self.ran = []  # of each step: whether a call was computed
         self.is_euler = is_euler(scheduler)
         # such a scheduler may move latents to others that it has kept
-        self.is_careful = hasattr(scheduler, "lower_order_nums") or hasattr(scheduler, "state_in_first_order")
+        self.is_careful = any(name in type(scheduler).__name__ for name in ("Heun", "UniPC", "DPM"))
         machine.script.apply_teacache(self.traced.network, scheduler=scheduler, **way)
         self.begin("set")
 
