@@ -398,7 +398,6 @@ class TeaCacheState:
         self.is_partial = False  # whether calls of it are missing, as one of them has failed
         self.branch = None  # of the running call
         self.branches = []  # of the calls that have ended
-        self.has_skipped = False  # whether one of them was skipped
         self.moved = None  # Moved: its latents, once the scheduler has ended it
         # of the steps before
         self.branches_before, self.moved_before = [], None
@@ -435,7 +434,7 @@ class TeaCacheState:
         self.version = None if latents is None else version_of(latents)
         self.branches_before, self.branches = [] if self.is_partial else self.branches, []
         self.moved_before, self.moved = self.moved, None
-        self.is_computed, self.is_partial, self.has_skipped = None, False, False
+        self.is_computed, self.is_partial = None, False
         self.schedule.append(False)
         if self.is_last_step:  # nothing is reused any more
             self.previous_modulated_input = None
@@ -537,7 +536,6 @@ class TeaCacheState:
             self.is_computed = self.decide(modulated_input)
         should_calc = self.is_computed or self.branch.is_empty  # whatever was decided, if there is nothing to reuse
         self.schedule[-1] |= should_calc
-        self.has_skipped |= not should_calc
         return should_calc
 
     def decide(self, modulated_input):
@@ -634,12 +632,12 @@ class Moved:
         return is_untouched and share_memory(latents, self.returned) and place_in(self.returned, latents) is not None
 
     def is_near(self, latents):
-        """Whether they are at most twice as far as the step has moved them.
+        """Whether they are at most twice as far as the step has moved them, or half of their size.
 
         A callback that blends, as in inpainting, puts them where another velocity would have, which is not farther. Other
         images, and moved or mirrored ones, are 0.7 to 1.4 times their own size away.
         """
-        return near(latents, self.value, 2 * self.length)
+        return near(latents, self.value, torch.minimum(2 * self.length, 0.5 * size_of(self.value)))
 
 
 def is_same(conditioning, other, also=True):
@@ -865,7 +863,7 @@ def finish_step(scheduler, cache, model_output, latents, result):
     cache.end_calls(latents)
     if is_corrected(scheduler):
         velocity, calls = model_output.to(torch.float32, copy=True), [branch.line for branch in cache.branches]
-        correction = cache.corrector.correction(velocity, cache.sigma, cache.next_sigma, not cache.has_skipped, calls)
+        correction = cache.corrector.correction(velocity, cache.sigma, cache.next_sigma, cache.is_computed, calls)
         returned = (returned + correction).to(returned.dtype)
         result = (returned, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=returned)
     cache.end_step(latents, returned)

@@ -72,13 +72,13 @@ def test_defaults(fake, tmp_path, monkeypatch, capsys):
         guidance_scale=4.0,
         cfg_trunc_ratio=1.0,
     )
-    assert "forward" in vars(fake.transformer), "TeaCache is on"
+    assert fake.transformer.enable_teacache, "TeaCache is on"
     assert (fake.transformer.rel_l1_thresh, fake.transformer.computed_steps) == (None, 7)
     args = fake.args
     assert (args.model, args.device, args.dtype, args.offload) == (str(BUNDLED), "cpu", "float32", "none")
     note, saved = capsys.readouterr().out.splitlines()
     assert "bundled" in note and "--model Alpha-VLLM/Lumina-Image-2.0" in note
-    used = r"2 of 3 steps computed \(computed_steps 7\), seed 1024"
+    used = r"2 of 3 steps computed \(computed_steps 7, corrected\), seed 1024"
     assert re.fullmatch(rf"saved teacache_lumina2_output.png: [\d.]+ s, {used}", saved)
     assert [p.name for p in tmp_path.iterdir()] == ["teacache_lumina2_output.png"]
 
@@ -91,7 +91,7 @@ def test_nothing_is_overwritten(fake, tmp_path, monkeypatch, capsys):
         (tmp_path / file).write_text("mine")
     main(["--rel-l1-thresh", "0.25", "--seed", "7"])
     assert f"saved {name('_2')}" in (out := capsys.readouterr().out)
-    assert "(rel_l1_thresh 0.25), seed 7" in out
+    assert "(rel_l1_thresh 0.25, corrected), seed 7" in out
     monkeypatch.setattr(Fake, "__call__", taking(Fake.__call__, tmp_path / name("_4")))
     main([])
     assert f"saved {name('_4_2')}" in capsys.readouterr().out

@@ -28,8 +28,8 @@ def both(loop, monkeypatch, way, **options):
 def drawn_of(loop, velocities, sigmas=None, dtype=torch.float32):
     """The last of some latents, zeros at the beginning, moved by these velocities: (steps, samples, ...)."""
     set_timesteps(loop.scheduler, len(velocities))
-    if sigmas:
-        loop.scheduler.set_timesteps(sigmas=np.array(sigmas))
+    if sigmas is not None:
+        loop.scheduler.set_timesteps(sigmas=sigmas)
     latents = torch.zeros_like(velocities[0]).to(dtype)
     with torch.no_grad():
         for t, velocity in zip(loop.scheduler.timesteps, velocities.to(dtype)):
@@ -77,7 +77,7 @@ def test_a_batch_is_corrected_image_by_image(loop):
 
 def test_sigmas_that_repeat(loop):
     loop.apply(**BUDGET)
-    found = drawn_of(loop, randn((8, *loop.latents(0).shape), 0), [1.0, 0.8, 0.8, 0.8, 0.5, 0.5, 0.2, 0.2])
+    found = drawn_of(loop, randn((8, *loop.latents(0).shape), 0), np.array([1.0, 0.8, 0.8, 0.8, 0.5, 0.5, 0.2, 0.2]))
     assert found.isfinite().all() and sum(loop.schedule) == 3
 
 

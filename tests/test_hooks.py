@@ -4,7 +4,6 @@ import copy
 import functools
 import importlib
 import importlib.util
-import io
 import sys
 
 import pytest
@@ -248,26 +247,6 @@ def test_what_is_no_such_network_is_refused(machine, wrap):
         with pytest.raises(ValueError, match=f"for a pipeline or its {machine.script.NETWORK}") as error:
             function(wrapped)
         assert "\n" not in str(error.value) and vars(model) == before
-
-
-def test_saved_and_loaded(machine):
-    """With torch.save, in the middle of a generation and after it."""
-    model, job = machine.model(), machine.job()
-    *cached, schedule = machine.oracle(model, job, **WAY)
-    machine.apply(model, **WAY)
-    with pytest.raises(ZeroDivisionError):
-        machine.denoise(model, job, before=lambda step, branch, count: 1 / (3 - step))
-    for _ in range(2):
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        loaded = torch.load(file, weights_only=False)
-        torch.nn.init.zeros_(next(machine.last(model).parameters()))  # the loaded one runs its own blocks
-        (*_, latents), expected = machine.denoise(loaded, job), cached[-1]
-        assert torch.allclose(latents, expected, atol=1e-4) and loaded.teacache.schedule == schedule
-        model = loaded
-    machine.script.remove_teacache(loaded)
-    assert "forward" not in vars(loaded)
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy])

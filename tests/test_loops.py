@@ -129,7 +129,6 @@ def test_a_loop(machine, story, name):
     assert line is None or name == "Heun" or schedule[: len(line)] == line
 
 
-@pytest.mark.xfail(reason="twice the length of such a step is farther than another image", strict=True)
 def test_latents_that_a_scheduler_moves_far(machine):
     """Rolled twice: UniPC corrects its last step, from the latents that it had kept, and so undoes the first one."""
     loop = RandomLoop(machine, scheduler("UniPC"), dict(computed_steps=2))

@@ -158,10 +158,9 @@ MORE = [{}, {"guided": False}, {"mask_cond_fea": 3 * torch.ones(2, 32, 2, 4, 4)}
 
 
 @pytest.mark.parametrize("more", MORE, ids=["plain", "no guidance", "mask_cond_fea", "bfloat16"])
-@pytest.mark.parametrize("centered", [False, True])
-def test_steps_are_those_of_the_oracle(model, more, centered):
+def test_steps_are_those_of_the_oracle(model, more):
     """Every output is the oracle's, bit for bit, at several thresholds: computed ones are the stock forward's."""
-    model.register_to_config(center_input_sample=centered)
+    model.register_to_config(center_input_sample=bool(more))
     clip, counts = Clip(**more), []
     model.to(clip.dtype)
     length = MACHINE.path(model, clip)

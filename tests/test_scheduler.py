@@ -317,18 +317,6 @@ def test_a_copied_scheduler_in_a_second_pipeline(loop, how):
     assert equal((other.draw(), other.schedule), expected)
 
 
-def test_a_pickled_or_saved_scheduler_is_a_stock_one(loop, tmp_path):
-    """It can be loaded where this script is not."""
-    loop.apply(**BUDGET)
-    loop.draw()
-    assert loop.machine.script.is_corrected(loop.scheduler)
-    assert b"teacache" not in pickle.dumps(loop.scheduler).lower()
-    loop.scheduler.save_pretrained(tmp_path)
-    assert "teacache" not in (tmp_path / "scheduler_config.json").read_text().lower()
-    loaded = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
-    assert loaded.config.shift == loop.scheduler.config.shift
-
-
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["copy", "pickle"])
 def test_a_copied_pipeline(loop, way, how):
     """Each goes its own way, also where it was copied in the middle of an image."""

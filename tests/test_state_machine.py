@@ -3,8 +3,6 @@
 import pytest
 import torch
 from conftest import equal
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from machines import IDENTITY, Loop, kept
 from tracing import RandomLoop
 
@@ -236,48 +234,3 @@ def test_an_image_that_begins_where_one_was_stopped(machine):
                 calls.clear()
                 loop.call(loop.latents(int(t)), torch.tensor(t))
                 assert calls and loop.schedule == [True]
-
-
-generations = st.fixed_dictionaries(
-    {
-        "seed": st.integers(0, 1),
-        "noise": st.integers(0, 1),
-        "guided": st.booleans(),
-        "size": st.sampled_from([(2, 4), (4, 2), (4, 4)]),
-        "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
-        "length": st.integers(1, 3),
-        "steps": st.integers(6, 8),  # fewer, and longer ones, move latents as far as other ones are away
-        "cast": st.sampled_from([False, True, "all"]),
-        "way": st.one_of(
-            st.fixed_dictionaries({"rel_l1_thresh": st.sampled_from([0.0, 0.1, 2.0])}),
-            st.fixed_dictionaries({"computed_steps": st.integers(2, 6)}),
-        ),
-        "interrupt": st.one_of(st.none(), st.integers(3, 13)),
-        "inside": st.booleans(),
-    }
-)
-
-
-def test_any_mix_of_generations(machine):
-    """Each is what a fresh process would give, bit for bit, and nothing stays."""
-    model = machine.model()
-
-    @settings(max_examples=10)
-    @given(st.lists(generations, min_size=1, max_size=3), st.sampled_from([[1.0, 0.0], [4.0, -1.0, 0.3], [-1.0, 0.2]]))
-    def check(mix, coefficients):
-        machine.script.remove_teacache(model)
-        machine.apply(model, rel_l1_thresh=0)
-        jobs = {}  # the very same tensors where the conditioning is the same
-        for g in mix:
-            key = tuple((name, g[name]) for name in ("seed", "noise", "guided", "size", "length", "dtype"))
-            job = jobs.setdefault(key, machine.job(**dict(key)))
-            way = dict(g["way"], coefficients=coefficients)
-            model.to(g["dtype"])
-            expected = machine.oracle(model, job, g["steps"], **way)
-            vars(model).update({"rel_l1_thresh": None, "computed_steps": None} | way, num_steps=g["steps"])
-            found = interrupt(machine, model, job, g["interrupt"], g["inside"], g["steps"], cast=g["cast"])
-            if found:
-                assert model.teacache.schedule == expected[2]
-                assert equal(found, expected[:2]) and kept(model) == []
-
-    check()
