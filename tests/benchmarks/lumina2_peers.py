@@ -403,7 +403,7 @@ def plot(path):
     looks = {  # readable in grey: one marker for each, ours black
         "computed_steps": ("black", "-", "o", "ours"),
         "computed_steps, not corrected": ("black", "--", "o", "ours, not corrected"),
-        "plain steps": ("0.45", ":", "x", "plain steps"),
+        "plain steps": ("0.45", ":", "x", "fewer steps, no cache"),
         "TeaCache's rule, v1": ("0.45", "-", "s", "TeaCache's rule, v1"),
         "TeaCache's rule, v2": ("0.45", "--", "*", "TeaCache's rule, v2"),
         "EasyCache": ("tab:blue", "-", "v", "EasyCache"),
@@ -422,7 +422,7 @@ def plot(path):
             wide = 2.2 if "computed" in method else 1.3
             look = {"color": color, "linestyle": line, "marker": marker, "label": label, "linewidth": wide}
             axes.plot(*(zip(*points) if points else ([], [])), **look)
-        axes.set(xlabel="passes", ylabel="mean PSNR (dB)", xlim=(5.5, 17), title=title)
+        axes.set(xlabel="computed steps", ylabel="mean PSNR (dB)", xlim=(5.5, 17), title=title)
         axes.grid(alpha=0.3)
         if table == "rounding":
             line = statistics.mean(next(r for r in rows if r["method"] == "uncached")["float32"])
