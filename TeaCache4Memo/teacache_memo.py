@@ -255,8 +255,8 @@ def measure_decided(outputs):
     """How much of the image is decided in the first step, 0 to 1. outputs: of its calls, each (batch, ...).
 
     At noise, the velocity is the noise minus the image that the network expects. The noise has variance 1, and latents have
-    about 1 as well: of a decided image the mean square of the output is 2, where all is open it is 1. The call that
-    knows most counts (that with the prompt), and in a batch the image that knows least.
+    about 1 as well: of a decided image the mean square of the output is 2, if the network expects only the mean it is 1.
+    Of the calls of a guided step the largest value counts (usually that with the prompt), in a batch the smallest.
     """
     squares = [output.float().square().flatten(1).mean(dim=1).min() for output in outputs]
     return min(max(torch.stack(squares).max().item() - 1, 0.0), 1.0)
@@ -295,7 +295,10 @@ def choose_steps(sigmas, count, decided=1.0):
 
 
 def extrapolate(outputs, sigma):
-    """v(s) of the formula at the top, at most two gaps far. outputs: (s, v) of the last computed steps, at most three."""
+    """v(s) of the docstring of this file, with s at most twice as far from s2 as s1 is.
+
+    outputs: (sigma, velocity) of the last computed steps, at most three.
+    """
     s2, v2 = outputs[-1]
     if len(outputs) < 3:
         return v2.clone()
@@ -329,7 +332,7 @@ class Corrector:
     (arXiv 2602.18093). Here it acts on the latents, however the steps were skipped.
     """
 
-    CLOSE = 0.45  # of the gap to the last computed step: a velocity nearer to that one says little of the curve in it
+    CLOSE = 0.45  # a parabola needs velocities at least this share of the current gap apart; otherwise a line is used
 
     def __init__(self):
         self.computed = []  # (sigma, velocity) of the last two computed steps
@@ -339,7 +342,7 @@ class Corrector:
     def correction(self, velocity, sigma, next_sigma, is_computed, kind):
         """What to add to the latents after this step: the formula above, 0 after a skipped step.
 
-        kind: the calls of which the velocity is made. Where they change (guidance has ended, say), this begins anew.
+        kind: identifies the calls behind this velocity. Where they change (guidance ends, say), this begins anew.
         """
         if self.kind != kind:
             self.computed, self.skipped, self.kind = [], [], kind
@@ -375,7 +378,7 @@ class TeaCacheState:
 
     An image is its latents. A call on the latents of the running step is one more call of it. A call on what the
     scheduler has made of them, or on something near that, begins the next step. Any other call begins a new image,
-    whose first step is computed: strange loops become slow, never wrong.
+    whose first step is computed. What goes unnoticed is listed in the docstring of apply_teacache.
     """
 
     def __init__(self, sigmas=(), plan=None, rel_l1_thresh=0.0, coefficients=None, timesteps=None, count=None):
@@ -577,7 +580,7 @@ class Branch:
     def __init__(self, sigma, latents, conditioning):
         self.sigma, self.latents, self.conditioning = sigma, latents, conditioning
         self.place, self.is_own = None, True  # in the latents of the step: see is_of
-        self.line = object()  # the same for the same calls of one step after the other
+        self.lineage = object()  # identity of this call across steps
         self.empty()
 
     def empty(self):
@@ -589,7 +592,7 @@ class Branch:
         return self.previous_residual is None and not self.outputs
 
     def inherit(self, before):
-        self.line, self.previous_residual, self.outputs = before.line, before.previous_residual, before.outputs
+        self.lineage, self.previous_residual, self.outputs = before.lineage, before.previous_residual, before.outputs
 
     def is_of(self, latents):
         """False if this was a call on other latents than those of the scheduler's step. Copies are compared later."""
@@ -703,7 +706,7 @@ NOT_SEEN = "in this loop no step of its scheduler is seen (was it replaced, copi
 def begin_call(model, sigma, latents, *conditioning, is_new=False):
     """The state of the running generation, at the step of this call. sigma: a tensor, 1 is noise, 0 the image.
 
-    conditioning: all else that the output depends on. is_new: the call uses nothing of the steps before.
+    conditioning: all else that the output depends on. is_new: whatever it is, the call reuses nothing.
     """
     cache, scheduler = vars(model).get("teacache") or TeaCacheState(), vars(model).get("teacache_scheduler")
     has_failed = cache.branch is not None and not cache.is_repeated(latents, conditioning)
@@ -749,7 +752,7 @@ def follow(model, cache, scheduler, sigma, latents, has_failed):
     anew.in_turns = step == cache.step
     if has_failed and anew.in_turns:  # this step once more
         anew.schedule = cache.schedule[:-1]
-    elif step == nearest == cache.step + 1 > 0:  # the loop goes on, with other latents
+    elif step == cache.step + 1 > 0 and sigmas[step] == sigmas[nearest]:  # the loop goes on, with other latents
         anew.schedule = cache.schedule
     return anew.begin_step(step, sigmas[step], index, sigma, latents)
 
@@ -764,8 +767,8 @@ def count_steps(model, cache, sigma, latents, has_failed):
     if not is_next:
         num_steps, ran = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS), len(cache.schedule)
         if getattr(model, "enable_teacache", False) and 1 < ran != len(cache.sigmas) > 0:
-            ran = f"the last generation ran {ran} of {len(cache.sigmas)} steps (or was stopped)"
-            logger.warning(f"TeaCache: {ran}: set num_steps to num_inference_steps")
+            last = f"the last generation ran {ran} of {len(cache.sigmas)} steps (or was stopped)"
+            logger.warning(f"TeaCache: {last}: set num_steps to num_inference_steps")
         anew = new_generation(model, [1 - step / num_steps for step in range(num_steps)])  # as if evenly spaced
         if now == cache.sigma:  # images in turns, or one that was stopped in this step
             anew.rivals = [x for x in (*cache.rivals, cache.latents) if x is not None and x.shape == latents.shape][-2:]
@@ -862,7 +865,7 @@ def finish_step(scheduler, cache, model_output, latents, result):
     returned = result[0]
     cache.end_calls(latents)
     if is_corrected(scheduler):
-        velocity, calls = model_output.to(torch.float32, copy=True), [branch.line for branch in cache.branches]
+        velocity, calls = model_output.to(torch.float32, copy=True), [branch.lineage for branch in cache.branches]
         correction = cache.corrector.correction(velocity, cache.sigma, cache.next_sigma, cache.is_computed, calls)
         returned = (returned + correction).to(returned.dtype)
         result = (returned, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=returned)
