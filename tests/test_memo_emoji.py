@@ -85,7 +85,8 @@ def test_threshold_0_is_stock_over_two_clips(emoji):
         patch.setattr(
             teacache_memo, "apply_teacache", lambda model, *args, **kwargs: teacache_memo.remove_teacache(model)
         )
-        patch.setattr(type(parts[0].diffusion_net), "teacache", plain.teacache, raising=False)
+        stock = teacache_memo.stock_class(parts[0].diffusion_net)
+        patch.setattr(stock, "teacache", plain.teacache, raising=False)
         expected = evaluate.speak(*parts, config, voice, 0)[0]
     assert torch.equal(found, expected)
 
