@@ -44,6 +44,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import wave
@@ -1061,6 +1062,7 @@ def check_settings(num_steps=None, rel_l1_thresh=None, computed_steps=None, coef
 # Running MEMO: loading, preparing, generating, the command line
 # ------------------------------------------------------------------------------
 
+LOADING = threading.Lock()  # from_pretrained changes torch until it is done: not in two threads at once
 VOCAL_SEPARATOR = "misc/vocal_separator/Kim_Vocal_2.onnx"  # in the folder misc_model_dir of CONFIG
 BT709 = ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-bsf:v"]  # the colours that players expect, and say so:
 BT709 += ["h264_metadata=colour_primaries=1:transfer_characteristics=1:matrix_coefficients=1:video_full_range_flag=0"]
@@ -1094,16 +1096,17 @@ def load_pipeline(model=MODEL, vae="stabilityai/sd-vae-ft-mse", device=None, dty
 
     vae: where `model` has none. dtype: of all but the audio projection, which stays in float32 on the CPU, as in memo.
     """
-    memo = import_memo()
-    pipeline = memo.VideoPipeline(
-        vae=AutoencoderKL.from_pretrained(f"{model}/vae" if Path(model, "vae").is_dir() else vae),
-        reference_net=memo.UNet2DConditionModel.from_pretrained(model, subfolder="reference_net"),
-        diffusion_net=memo.UNet3DConditionModel.from_pretrained(model, subfolder="diffusion_net"),
-        image_proj=memo.ImageProjModel.from_pretrained(model, subfolder="image_proj"),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-    )
-    audio_proj = memo.AudioProjModel.from_pretrained(model, subfolder="audio_proj")
-    set_memory_processors(pipeline.diffusion_net)
+    with LOADING:
+        memo = import_memo()
+        pipeline = memo.VideoPipeline(
+            vae=AutoencoderKL.from_pretrained(f"{model}/vae" if Path(model, "vae").is_dir() else vae),
+            reference_net=memo.UNet2DConditionModel.from_pretrained(model, subfolder="reference_net"),
+            diffusion_net=memo.UNet3DConditionModel.from_pretrained(model, subfolder="diffusion_net"),
+            image_proj=memo.ImageProjModel.from_pretrained(model, subfolder="image_proj"),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+        )
+        audio_proj = memo.AudioProjModel.from_pretrained(model, subfolder="audio_proj")
+        set_memory_processors(pipeline.diffusion_net)
     return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"), DTYPES.get(dtype, dtype)), audio_proj
 
 
@@ -1242,21 +1245,22 @@ def prepare(image, audio, config, folder, emotion=None):
     portrait, voice = folder / "portrait.png", folder / "voice.wav"
     clean_portrait(image, portrait)
     seconds = clean_voice(audio, voice)
-    front_end, misc = load_front_end(config), Path(config.misc_model_dir)
-    if emotion not in (None, *front_end.EMOTIONS):
-        raise ValueError(f"this model knows the emotions {', '.join(front_end.EMOTIONS)}, not {emotion}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    clip = {"num_generated_frames_per_clip": config.num_generated_frames_per_clip, "device": device}
-    pixels, face = front_end.preprocess_image(str(misc / "misc/face_analysis"), str(portrait), config.resolution)
-    if not face.any():
-        raise ValueError(f"no face found in {image}: give a frontal portrait")
-    of_voice = str(voice), config.fps, config.wav2vec, str(misc / VOCAL_SEPARATOR), str(folder)
-    audio_emb, length = front_end.preprocess_audio(*of_voice, **clip)
-    if emotion is None:
-        of_voice = MODEL, str(voice), config.emotion2vec, length
-        audio_emotion, num_classes = front_end.extract_audio_emotion_labels(*of_voice, device=device)
-    else:
-        audio_emotion, num_classes = torch.full((length,), front_end.EMOTIONS[emotion]).int(), len(EMOTIONS)
+    with LOADING:
+        front_end, misc = load_front_end(config), Path(config.misc_model_dir)
+        if emotion not in (None, *front_end.EMOTIONS):
+            raise ValueError(f"this model knows the emotions {', '.join(front_end.EMOTIONS)}, not {emotion}")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        clip = {"num_generated_frames_per_clip": config.num_generated_frames_per_clip, "device": device}
+        pixels, face = front_end.preprocess_image(str(misc / "misc/face_analysis"), str(portrait), config.resolution)
+        if not face.any():
+            raise ValueError(f"no face found in {image}: give a frontal portrait")
+        of_voice = str(voice), config.fps, config.wav2vec, str(misc / VOCAL_SEPARATOR), str(folder)
+        audio_emb, length = front_end.preprocess_audio(*of_voice, **clip)
+        if emotion is None:
+            of_voice = MODEL, str(voice), config.emotion2vec, length
+            audio_emotion, num_classes = front_end.extract_audio_emotion_labels(*of_voice, device=device)
+        else:
+            audio_emotion, num_classes = torch.full((length,), front_end.EMOTIONS[emotion]).int(), len(EMOTIONS)
     inputs = {"pixel_values": pixels, "face_emb": face, "audio_emb": audio_emb, "audio_emotion": audio_emotion}
     inputs |= {"num_emotion_classes": num_classes, "num_frames": math.ceil(seconds * config.fps), "sound": voice}
     return SimpleNamespace(**inputs)

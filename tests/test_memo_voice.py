@@ -179,8 +179,21 @@ def test_its_own_voice_at_another_rate(tmp_path, fps):
     )
 
 
-def test_two_at_once_in_one_folder(tmp_path):
-    """Nothing of one's own there, or of the other one, is overwritten."""
+def test_two_at_once_in_one_folder(tmp_path, monkeypatch):
+    """Nothing of one's own there, or of the other one, is overwritten. Models are loaded one after the other: transformers
+    and diffusers patch torch meanwhile, and of two threads the last one would leave it patched.
+    """
+    hearing, loading = transformers.Wav2Vec2Model, threading.Lock()
+    load = hearing.from_pretrained
+
+    def alone(*args, **kwargs):
+        assert loading.acquire(blocking=False)
+        time.sleep(0.2)
+        model = load(*args, **kwargs)
+        loading.release()
+        return model
+
+    monkeypatch.setattr(hearing, "from_pretrained", alone)
     for name in ("voice.wav", "portrait.png"):
         (tmp_path / name).write_bytes(b"mine")
     voices = [save(tmp_path / f"{n}.wav", np.full((n, 1), n)) for n in (3200, 6400)]
