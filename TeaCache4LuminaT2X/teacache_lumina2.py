@@ -343,13 +343,12 @@ class TeaCacheState:
         self.halted = None  # why nothing is skipped any more
         self.is_on = False  # whether this call may be skipped, and leaves what later ones reuse
         self.schedule = []  # one entry a step: whether it was computed
-        self.in_turns = False  # whether another image was at the same step just before
-        self.rivals = []  # without a scheduler: their latents
+        self.rivals = []  # latents of other images that were at the same step just before
         # of the running step
-        self.step, self.sigma, self.index = -1, -math.inf, None  # none yet; index: the scheduler's
-        self.sigma_given, self.latents, self.version = None, None, None  # by its first call
+        self.step, self.sigma = -1, -math.inf  # none yet
+        self.latents, self.version, self.sigma_given = None, None, None  # of its first call
         self.is_computed = None  # what was decided in its first call
-        self.is_partial = False  # whether calls of it are missing, as one of them has failed
+        self.has_failed = False  # whether a call has, and it is not known which calls came after it
         self.branch = None  # of the running call
         self.branches = []  # of the calls that have ended
         self.moved = None  # Moved: its latents, once the scheduler has ended it
@@ -381,14 +380,14 @@ class TeaCacheState:
 
     # ---- steps ----
 
-    def begin_step(self, step, sigma, index=None, sigma_given=None, latents=None):
+    def begin_step(self, step, sigma, sigma_given=None, latents=None):
         self.choose_steps()
-        self.step, self.sigma, self.index = step, sigma, index
-        self.sigma_given, self.latents = sigma_given, latents
+        self.step, self.sigma = step, sigma
+        self.latents, self.sigma_given = latents, sigma_given
         self.version = None if latents is None else version_of(latents)
-        self.branches_before, self.branches = [] if self.is_partial else self.branches, []
+        self.branches_before, self.branches = [] if self.has_failed else self.branches, []
         self.moved_before, self.moved = self.moved, None
-        self.is_computed, self.is_partial = None, False
+        self.is_computed, self.has_failed = None, False
         self.schedule.append(False)
         if self.is_last_step:  # nothing is reused any more
             self.previous_modulated_input = None
@@ -429,7 +428,7 @@ class TeaCacheState:
     def free(self):
         """Drop all tensors."""
         self.branches, self.branches_before, self.rivals, self.corrector = [], [], [], Corrector()
-        self.sigma_given = self.latents = self.moved = self.moved_before = self.previous_modulated_input = None
+        self.latents = self.sigma_given = self.moved = self.moved_before = self.previous_modulated_input = None
 
     # ---- calls ----
 
@@ -441,28 +440,16 @@ class TeaCacheState:
             return version_of(latents) == self.version
         return is_near(latents, self.latents)
 
-    def is_repeated(self, latents, conditioning):
-        """Whether a call is the one that has failed, once more, and cannot be another one of its step."""
-        is_again = is_same(self.branch.conditioning, conditioning) and is_near(latents, self.branch.latents)
-        return is_again and not any(is_same(branch.conditioning, conditioning) for branch in self.branches)
-
     def leads_to(self, latents, sigma):
         """With a scheduler: whether a call is of the next step, on what the scheduler has returned, or near that.
 
-        What was put in its place is compared by value, with the sigma: timesteps may be rounded, to thousandths.
+        What was put in its place is compared by value, unless another image was at the same step, and with the sigma:
+        timesteps may be rounded, to thousandths.
         """
-        if self.moved.is_returned(latents):
-            return True
-        expected = self.sigmas[self.step + 1]
-        is_due = (sigma - expected).abs() <= max(0.5 * (self.sigma - expected), 0.001)
-        return not self.in_turns and bool(self.moved.is_near(latents) & is_due)
-
-    def is_first_call(self, latents, conditioning):
-        """Whether the call after one that has failed is the first of a step: an image begins, or the step is repeated."""
-        if not self.branches or self.latents is None or not is_near(latents, self.latents):
-            return True
-        is_failed = is_same(self.branch.conditioning, conditioning)
-        return is_same(self.branches[0].conditioning, conditioning) and not is_failed
+        if self.moved is None or self.moved.is_returned(latents):
+            return self.moved is not None
+        is_due = (sigma - self.next_sigma).abs() <= max(0.5 * (self.sigma - self.next_sigma), 0.001)
+        return not self.rivals and bool(self.moved.is_near(latents) & is_due)
 
     def goes_on(self, latents, sigma):
         """Without a scheduler: whether this is the next step. The latents are nearer to those of this image than to others."""
@@ -473,6 +460,17 @@ class TeaCacheState:
             return False
         distances = [size_of(latents.float() - x.float()).sum() for x in (last.latents, *self.rivals)]
         return len(distances) == 1 or (distances[0] < distances[1]).item()
+
+    def check_failed(self, latents, conditioning):
+        """A call that has failed left the last one open. If this is another one, the step neither reuses nor leaves anything.
+
+        The same call once more takes its place, unless it may be another call of the step.
+        """
+        if self.branch is None:
+            return
+        is_again = is_same(self.branch.conditioning, conditioning) and is_near(latents, self.branch.latents)
+        if not is_again or any(is_same(branch.conditioning, conditioning) for branch in self.branches):
+            self.branches_before, self.has_failed = [], True
 
     def open_call(self, latents, conditioning, is_new):
         """Takes what the call of the same place in the step before has left, if it was the same call."""
@@ -660,22 +658,20 @@ def begin_call(model, sigma, latents, *conditioning, is_new=False):
     conditioning: all else that the output depends on. is_new: whatever it is, the call reuses nothing.
     """
     cache, scheduler = vars(model).get("teacache") or TeaCacheState(), vars(model).get("teacache_scheduler")
-    has_failed = cache.branch is not None and not cache.is_repeated(latents, conditioning)
-    is_partial = has_failed and not cache.is_first_call(latents, conditioning)
+    cache.check_failed(latents, conditioning)
     if torch.is_grad_enabled():
         cache = count_only(cache, sigma, "gradients are on (use torch.no_grad())", is_said=not model.training)
     elif scheduler is None:
-        cache = count_steps(model, cache, sigma, latents, has_failed)
+        cache = count_steps(model, cache, sigma, latents)
     else:
-        cache = follow(model, cache, scheduler, sigma, latents, has_failed)
-    cache.is_partial |= is_partial
+        cache = follow(model, cache, scheduler, sigma, latents)
     cache.is_on = getattr(model, "enable_teacache", False) and cache.may_skip and not cache.is_last_step
     cache.open_call(latents, conditioning, is_new)
     model.teacache = cache
     return cache
 
 
-def follow(model, cache, scheduler, sigma, latents, has_failed):
+def follow(model, cache, scheduler, sigma, latents):
     """With a scheduler: an image begins where the timesteps are set, and goes on as TeaCacheState says."""
     timesteps = scheduler.timesteps  # set_timesteps makes a new tensor
     num_train_timesteps = scheduler.config.num_train_timesteps
@@ -684,13 +680,12 @@ def follow(model, cache, scheduler, sigma, latents, has_failed):
         index = getattr(scheduler, "begin_index", None)
     if cache.timesteps is not timesteps:
         cache = TeaCacheState()
-    elif cache.halted is None and not has_failed:
+    elif cache.halted is None:
         if cache.is_another_call(latents):
             return cache
-        if cache.moved is not None and index == cache.step + 1 and cache.leads_to(latents, sigma):
-            return cache.begin_step(index, cache.sigmas[index], index, sigma, latents)
-        is_unseen = cache.moved is None and index in (cache.index, cache.step + 1)
-        if is_unseen and cache.sigma_given is not None and not torch.equal(sigma, cache.sigma_given):
+        if index == cache.step + 1 and cache.leads_to(latents, sigma):
+            return cache.begin_step(index, cache.sigmas[index], sigma, latents)
+        if cache.moved is None and cache.sigma_given is not None and sigma < cache.sigma_given:
             cache.halt(NOT_SEEN)
     is_unset = index is None and len(timesteps) == num_train_timesteps
     if cache.halted is not None or is_unset or (index is not None and index >= len(timesteps)):
@@ -700,21 +695,20 @@ def follow(model, cache, scheduler, sigma, latents, has_failed):
     step = nearest if index is None else index
     watch(scheduler, model)
     anew = new_generation(model, sigmas, timesteps)
-    anew.in_turns = step == cache.step
-    if has_failed and anew.in_turns:  # this step once more
-        anew.schedule = cache.schedule[:-1]
+    if step == cache.step and cache.latents is not None:
+        anew.rivals = [cache.latents]
     elif step == cache.step + 1 > 0 and sigmas[step] == sigmas[nearest]:  # the loop goes on, with other latents
         anew.schedule = cache.schedule
-    return anew.begin_step(step, sigmas[step], index, sigma, latents)
+    return anew.begin_step(step, sigmas[step], sigma, latents)
 
 
-def count_steps(model, cache, sigma, latents, has_failed):
+def count_steps(model, cache, sigma, latents):
     """Without a scheduler: a step begins where sigma falls, and an image where it rises, or the latents are others."""
     now = sigma.item()
-    if not has_failed and now == cache.sigma and len(cache.sigmas) > 1:
+    if now == cache.sigma and len(cache.sigmas) > 1:
         if cache.is_last_step or cache.is_another_call(latents):
             return cache
-    is_next = not has_failed and now < cache.sigma and cache.halted is None and cache.goes_on(latents, now)
+    is_next = now < cache.sigma and cache.halted is None and cache.goes_on(latents, now)
     if not is_next:
         num_steps, ran = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS), len(cache.schedule)
         if getattr(model, "enable_teacache", False) and 1 < ran != len(cache.sigmas) > 0:
@@ -724,7 +718,7 @@ def count_steps(model, cache, sigma, latents, has_failed):
         if now == cache.sigma:  # images in turns, or one that was stopped in this step
             anew.rivals = [x for x in (*cache.rivals, cache.latents) if x is not None and x.shape == latents.shape][-2:]
         cache = anew
-    return cache.begin_step(cache.step + 1, now, None, sigma, latents.clone())
+    return cache.begin_step(cache.step + 1, now, sigma, latents.clone())
 
 
 def count_only(cache, sigma, why, timesteps=None, is_said=True):
