@@ -111,7 +111,7 @@ def teacache_forward(
     cache = begin_call(self, sigma, hidden_states, *conditioning)
     should_calc = cache.should_calc()
     if should_calc is False and cache.plan is not None:
-        output = extrapolate(cache.branch.outputs, cache.sigma)
+        output = extrapolate(cache.call.outputs, cache.step.sigma)
         cache.close_call()
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
     # ---- end of TeaCache ----
@@ -156,7 +156,7 @@ def teacache_forward(
                 hidden_states = layer(hidden_states, attention_mask, rotary_emb, temb)
         residual = hidden_states - original_hidden_states if cache.by_threshold else None
     else:
-        residual = cache.branch.previous_residual
+        residual = cache.call.previous_residual
         hidden_states = hidden_states + residual
     # ---- end of TeaCache ----
 
@@ -321,7 +321,7 @@ def interpolate(points, s):
     return total
 
 
-# ---- the state: an image, its running step, the calls of a step --------------
+# ---- the state: an image, its steps, their calls ------------------------------
 
 
 class TeaCacheState:
@@ -341,20 +341,12 @@ class TeaCacheState:
         self.coefficients = coefficients
         self.timesteps = timesteps  # the scheduler's own tensor; None: without a scheduler
         self.halted = None  # why nothing is skipped any more
-        self.is_on = False  # whether this call may be skipped, and leaves what later ones reuse
         self.schedule = []  # one entry a step: whether it was computed
+        self.step, self.before = Step(), Step()  # the running step, and the one before it
+        self.call = None  # the running call
+        self.is_on = False  # whether it may be skipped, and leaves what later ones reuse
         self.rivals = []  # latents of other images that were at the same step just before
-        # of the running step
-        self.step, self.sigma = -1, -math.inf  # none yet
-        self.latents, self.version, self.sigma_given = None, None, None  # of its first call
-        self.is_computed = None  # what was decided in its first call
-        self.has_failed = False  # whether a call has, and it is not known which calls came after it
-        self.branch = None  # of the running call
-        self.branches = []  # of the calls that have ended
-        self.moved = None  # Moved: its latents, once the scheduler has ended it
-        # of the steps before
-        self.branches_before, self.moved_before = [], None
-        self.previous_modulated_input = None  # with a threshold: of the first call
+        self.previous_modulated_input = None  # with a threshold: of the first call of the step before
         self.accumulated_rel_l1_distance = 0.0  # since the last computed step
         self.corrector = Corrector()
 
@@ -364,11 +356,11 @@ class TeaCacheState:
 
     @property
     def is_last_step(self):
-        return self.step >= len(self.sigmas) - 1
+        return self.step.index >= len(self.sigmas) - 1
 
     @property
     def next_sigma(self):
-        return 0.0 if self.is_last_step else self.sigmas[self.step + 1]
+        return 0.0 if self.is_last_step else self.sigmas[self.step.index + 1]
 
     @property
     def may_skip(self):
@@ -380,65 +372,18 @@ class TeaCacheState:
 
     # ---- steps ----
 
-    def begin_step(self, step, sigma, sigma_given=None, latents=None):
+    def begin_step(self, *step):
         self.choose_steps()
-        self.step, self.sigma = step, sigma
-        self.latents, self.sigma_given = latents, sigma_given
-        self.version = None if latents is None else version_of(latents)
-        self.branches_before, self.branches = [] if self.has_failed else self.branches, []
-        self.moved_before, self.moved = self.moved, None
-        self.is_computed, self.has_failed = None, False
+        self.before, self.step = self.step, Step(*step)
+        self.before.latents = None  # needed no more
         self.schedule.append(False)
         if self.is_last_step:  # nothing is reused any more
             self.previous_modulated_input = None
-            for branch in self.branches_before:
-                branch.empty()
+            for call in self.before.calls:
+                call.empty()
             if self.timesteps is None:
                 self.free()
         return self
-
-    def end_calls(self, latents):
-        """The scheduler's step is made on these latents: calls on others were not of this step."""
-        self.branches = [branch for branch in self.branches if branch.is_of(latents)]
-        self.choose_steps()
-
-    def end_step(self, latents, returned):
-        """The scheduler's step has made `returned` of the latents."""
-        self.moved = Moved(latents, returned)
-        if self.is_last_step:
-            self.free()
-
-    def choose_steps(self):
-        """With a number of computed_steps, once, when the first step has ended."""
-        outputs = [branch.outputs[-1][1] for branch in self.branches if branch.outputs]
-        if self.count is None or not outputs:
-            return
-        self.decided = measure_decided(outputs)
-        chosen = choose_steps(self.sigmas[self.step :], self.count, self.decided)
-        self.plan, self.count = [self.step + step for step in chosen], None
-
-    def halt(self, why, is_said=True):
-        """Skip nothing any more, and say why. From here on, the steps are only counted."""
-        if is_said:
-            logger.warning(f"TeaCache: {why}: all steps are computed")
-        self.halted, self.sigmas = why, ()
-        self.sigma = self.sigma if self.sigma_given is None else self.sigma_given.item()
-        self.free()
-
-    def free(self):
-        """Drop all tensors."""
-        self.branches, self.branches_before, self.rivals, self.corrector = [], [], [], Corrector()
-        self.latents = self.sigma_given = self.moved = self.moved_before = self.previous_modulated_input = None
-
-    # ---- calls ----
-
-    def is_another_call(self, latents):
-        """Whether a call is one more of the running step: on its latents, on a part of the same tensor, or on a copy."""
-        if self.latents is None or self.moved is not None:
-            return False
-        if share_memory(latents, self.latents):
-            return version_of(latents) == self.version
-        return is_near(latents, self.latents)
 
     def leads_to(self, latents, sigma):
         """With a scheduler: whether a call is of the next step, on what the scheduler has returned, or near that.
@@ -446,56 +391,94 @@ class TeaCacheState:
         What was put in its place is compared by value, unless another image was at the same step, and with the sigma:
         timesteps may be rounded, to thousandths.
         """
-        if self.moved is None or self.moved.is_returned(latents):
-            return self.moved is not None
-        is_due = (sigma - self.next_sigma).abs() <= max(0.5 * (self.sigma - self.next_sigma), 0.001)
-        return not self.rivals and bool(self.moved.is_near(latents) & is_due)
+        if self.step.returned is None or self.step.is_returned(latents):
+            return self.step.returned is not None
+        is_due = (sigma - self.next_sigma).abs() <= max(0.5 * (self.step.sigma - self.next_sigma), 0.001)
+        return not self.rivals and bool(self.step.is_near_returned(latents) & is_due)
 
     def goes_on(self, latents, sigma):
         """Without a scheduler: whether this is the next step. The latents are nearer to those of this image than to others."""
-        if not self.branches:  # of a step after the last one
+        if not self.step.calls:  # of a step after the last one
             return True
-        last = self.branches[0]
+        last = self.step.calls[0]
         if len(self.rivals) > 1 or not last.leads_to(latents, sigma):
             return False
         distances = [size_of(latents.float() - x.float()).sum() for x in (last.latents, *self.rivals)]
         return len(distances) == 1 or (distances[0] < distances[1]).item()
 
+    def end_calls(self, latents):
+        """The scheduler's step is made on these latents: calls on others were not of this step."""
+        self.step.calls = [call for call in self.step.calls if call.is_of(latents)]
+        self.choose_steps()
+
+    def end_step(self, latents, returned):
+        """The scheduler's step has made `returned` of the latents."""
+        self.step.end(latents, returned)
+        if self.is_last_step:
+            self.free()
+
+    def choose_steps(self):
+        """With a number of computed_steps, once, when the first step has ended."""
+        outputs = [call.outputs[-1][1] for call in self.step.calls if call.outputs]
+        if self.count is None or not outputs:
+            return
+        first, self.decided = self.step.index, measure_decided(outputs)
+        chosen = choose_steps(self.sigmas[first:], self.count, self.decided)
+        self.plan, self.count = [first + step for step in chosen], None
+
+    def halt(self, why, is_said=True):
+        """Skip nothing any more, and say why. From here on, the steps are only counted."""
+        if is_said:
+            logger.warning(f"TeaCache: {why}: all steps are computed")
+        self.halted, self.sigmas = why, ()
+        if self.step.sigma_given is not None:
+            self.step.sigma = self.step.sigma_given.item()
+        self.free()
+
+    def free(self):
+        """Drop all tensors."""
+        self.step, self.before = Step(self.step.index, self.step.sigma), Step()
+        self.rivals, self.previous_modulated_input, self.corrector = [], None, Corrector()
+
+    # ---- calls ----
+
     def check_failed(self, latents, conditioning):
-        """A call that has failed left the last one open. If this is another one, the step neither reuses nor leaves anything.
+        """A call that has failed left the last one open. If this is another one, its step neither reuses nor leaves anything.
 
         The same call once more takes its place, unless it may be another call of the step.
         """
-        if self.branch is None:
+        if self.call is None:
             return
-        is_again = is_same(self.branch.conditioning, conditioning) and is_near(latents, self.branch.latents)
-        if not is_again or any(is_same(branch.conditioning, conditioning) for branch in self.branches):
-            self.branches_before, self.has_failed = [], True
+        is_again = is_same(self.call.conditioning, conditioning) and is_near(latents, self.call.latents)
+        if not is_again or any(is_same(call.conditioning, conditioning) for call in self.step.calls):
+            self.step.has_failed = True
 
     def open_call(self, latents, conditioning, is_new):
         """Takes what the call of the same place in the step before has left, if it was the same call."""
-        self.branch, place = Branch(self.sigma, latents, conditioning), len(self.branches)
-        if place < len(self.branches_before) and not is_new:
-            before = self.branches_before[place]
-            if before.fits(self.branch, self.moved_before):
-                self.branch.inherit(before)
+        self.call, place = Call(self.step.sigma, latents, conditioning), len(self.step.calls)
+        is_new = is_new or self.step.has_failed or self.before.has_failed
+        if place < len(self.before.calls) and not is_new:
+            before = self.before.calls[place]
+            if before.fits(self.call, self.before.returned):
+                self.call.inherit(before)
 
     def should_calc(self, modulated_input=None):
         """Whether this call runs the blocks. None: its modulated input decides that, and is not known yet."""
-        if self.is_computed is None and self.by_threshold and modulated_input is None:
+        step = self.step
+        if step.is_computed is None and self.by_threshold and modulated_input is None:
             return None
-        if self.is_computed is None:
-            self.is_computed = self.decide(modulated_input)
-        should_calc = self.is_computed or self.branch.is_empty  # whatever was decided, if there is nothing to reuse
+        if step.is_computed is None:
+            step.is_computed = self.decide(modulated_input)
+        should_calc = step.is_computed or self.call.is_empty  # whatever was decided, if there is nothing to reuse
         self.schedule[-1] |= should_calc
         return should_calc
 
     def decide(self, modulated_input):
         """Whether the running step is computed: once, in its first call."""
-        if not self.is_on or self.branch.is_empty:
+        if not self.is_on or self.call.is_empty:
             is_computed = True
         elif self.plan is not None:
-            is_computed = self.step in self.plan
+            is_computed = self.step.index in self.plan
         else:  # TeaCache's rule
             change = relative_l1(modulated_input, self.previous_modulated_input)
             self.accumulated_rel_l1_distance += rescale(change, self.coefficients)
@@ -507,23 +490,62 @@ class TeaCacheState:
 
     def close_call(self, output=None, residual=None):
         """What the call leaves, of a computed one also its output. At the end, so that one that fails leaves nothing."""
-        branch, self.branch = self.branch, None
+        call, self.call = self.call, None
         is_alone = self.timesteps is None
         if self.halted is not None or (is_alone and self.is_last_step):
             return
         if is_alone:
-            branch.latents = branch.latents.clone()  # the loop may write into them
+            call.latents = call.latents.clone()  # the loop may write into them
         if not self.is_on:
-            branch.empty()
+            call.empty()
         elif self.plan is None:
-            branch.previous_residual = residual
+            call.previous_residual = residual
         elif output is not None:
-            earlier = [(s, v) for s, v in branch.outputs if s > self.sigma]  # Heun's scheduler, say, repeats a sigma
-            branch.outputs = [*earlier[-2:], (self.sigma, output.clone())]  # the caller may write into its output
-        self.branches.append(branch)
+            earlier = [(s, v) for s, v in call.outputs if s > call.sigma]  # Heun's scheduler, say, repeats a sigma
+            call.outputs = [*earlier[-2:], (call.sigma, output.clone())]  # the caller may write into its output
+        self.step.calls.append(call)
 
 
-class Branch:
+class Step:
+    """One step of an image: the calls on its latents, and what the scheduler has made of them."""
+
+    def __init__(self, index=-1, sigma=-math.inf, sigma_given=None, latents=None):
+        self.index, self.sigma = index, sigma  # -1 before the first step
+        self.sigma_given, self.latents = sigma_given, latents  # by its first call
+        self.version = None if latents is None else version_of(latents)
+        self.calls = []  # that have ended
+        self.is_computed = None  # what was decided in its first call
+        self.has_failed = False  # whether a call has, and what came after it may be another one
+        self.returned = None  # by the scheduler, when it has ended the step
+
+    def is_another_call(self, latents):
+        """Whether a call is one more of the running step: on its latents, on a part of the same tensor, or on a copy."""
+        if self.latents is None or self.returned is not None:
+            return False
+        if share_memory(latents, self.latents):
+            return version_of(latents) == self.version
+        return is_near(latents, self.latents)
+
+    def end(self, latents, returned):
+        self.returned, self.returned_version = returned, version_of(returned)
+        self.value = returned.clone()  # somebody may write into it
+        self.length = size_of(returned.float() - latents.float())
+
+    def is_returned(self, latents):
+        """Whether these are the very latents that the scheduler returned, or a part of them, and nobody has written into them."""
+        is_untouched = self.returned_version is not None and version_of(latents) == self.returned_version
+        return is_untouched and share_memory(latents, self.returned) and place_in(self.returned, latents) is not None
+
+    def is_near_returned(self, latents):
+        """Whether they are at most twice as far from that as the step has moved them, or half of their size.
+
+        A callback that blends, as in inpainting, puts them where another velocity would have, which is not farther. Other
+        images, and moved or mirrored ones, are 0.7 to 1.4 times their own size away.
+        """
+        return near(latents, self.value, torch.minimum(2 * self.length, 0.5 * size_of(self.value)))
+
+
+class Call:
     """One call of a step, and the cache that it leaves. Guidance, say, makes two: with the prompt, and without."""
 
     def __init__(self, sigma, latents, conditioning):
@@ -551,13 +573,13 @@ class Branch:
             self.is_own = near(self.latents, latents, rounding)
         return self.place is not None
 
-    def fits(self, call, moved):
+    def fits(self, call, returned):
         """Whether a call is this one, a step later: with the same conditioning, on what has become of its latents."""
         if (self.latents.shape, self.latents.dtype) != (call.latents.shape, call.latents.dtype):
             return False
-        if moved is None:  # without a scheduler
+        if returned is None:  # without a scheduler
             return self.leads_to(call.latents, call.sigma) and is_same(self.conditioning, call.conditioning)
-        if self.place != place_in(moved.returned, call.latents):
+        if self.place != place_in(returned, call.latents):
             return False
         return is_same(self.conditioning, call.conditioning, self.is_own)
 
@@ -568,28 +590,6 @@ class Branch:
         where guidance is not normalised. Other latents are 0.7 to 1.4 away, those of the same prompt at least 0.25.
         """
         return is_near(latents, self.latents, min(10 * (self.sigma - sigma), 0.5) * size_of(self.latents))
-
-
-class Moved:
-    """What the scheduler's step has made of the latents."""
-
-    def __init__(self, latents, returned):
-        self.returned, self.version = returned, version_of(returned)
-        self.value = returned.clone()  # somebody may write into it
-        self.length = size_of(returned.float() - latents.float())
-
-    def is_returned(self, latents):
-        """Whether these are the very latents, or a part of them, and nobody has written into them."""
-        is_untouched = self.version is not None and version_of(latents) == self.version
-        return is_untouched and share_memory(latents, self.returned) and place_in(self.returned, latents) is not None
-
-    def is_near(self, latents):
-        """Whether they are at most twice as far as the step has moved them, or half of their size.
-
-        A callback that blends, as in inpainting, puts them where another velocity would have, which is not farther. Other
-        images, and moved or mirrored ones, are 0.7 to 1.4 times their own size away.
-        """
-        return near(latents, self.value, torch.minimum(2 * self.length, 0.5 * size_of(self.value)))
 
 
 def is_same(conditioning, other, also=True):
@@ -673,7 +673,7 @@ def begin_call(model, sigma, latents, *conditioning, is_new=False):
 
 def follow(model, cache, scheduler, sigma, latents):
     """With a scheduler: an image begins where the timesteps are set, and goes on as TeaCacheState says."""
-    timesteps = scheduler.timesteps  # set_timesteps makes a new tensor
+    step, timesteps = cache.step, scheduler.timesteps  # set_timesteps makes a new tensor
     num_train_timesteps = scheduler.config.num_train_timesteps
     index = scheduler.step_index
     if index is None:  # before the first step
@@ -681,53 +681,53 @@ def follow(model, cache, scheduler, sigma, latents):
     if cache.timesteps is not timesteps:
         cache = TeaCacheState()
     elif cache.halted is None:
-        if cache.is_another_call(latents):
+        if step.is_another_call(latents):
             return cache
-        if index == cache.step + 1 and cache.leads_to(latents, sigma):
+        if index == step.index + 1 and cache.leads_to(latents, sigma):
             return cache.begin_step(index, cache.sigmas[index], sigma, latents)
-        if cache.moved is None and cache.sigma_given is not None and sigma < cache.sigma_given:
+        if step.returned is None and step.sigma_given is not None and sigma < step.sigma_given:
             cache.halt(NOT_SEEN)
     is_unset = index is None and len(timesteps) == num_train_timesteps
     if cache.halted is not None or is_unset or (index is not None and index >= len(timesteps)):
         return count_only(cache, sigma, cache.halted or NOT_SEEN, timesteps)
     sigmas = (timesteps.cpu().double() / num_train_timesteps).tolist()
     nearest = np.abs(np.array(sigmas) - sigma.item()).argmin().item()
-    step = nearest if index is None else index
+    index = nearest if index is None else index
     watch(scheduler, model)
     anew = new_generation(model, sigmas, timesteps)
-    if step == cache.step and cache.latents is not None:
-        anew.rivals = [cache.latents]
-    elif step == cache.step + 1 > 0 and sigmas[step] == sigmas[nearest]:  # the loop goes on, with other latents
+    if index == step.index and step.latents is not None:
+        anew.rivals = [step.latents]
+    elif index == step.index + 1 > 0 and sigmas[index] == sigmas[nearest]:  # the loop goes on, with other latents
         anew.schedule = cache.schedule
-    return anew.begin_step(step, sigmas[step], sigma, latents)
+    return anew.begin_step(index, sigmas[index], sigma, latents)
 
 
 def count_steps(model, cache, sigma, latents):
     """Without a scheduler: a step begins where sigma falls, and an image where it rises, or the latents are others."""
-    now = sigma.item()
-    if now == cache.sigma and len(cache.sigmas) > 1:
-        if cache.is_last_step or cache.is_another_call(latents):
+    step, now = cache.step, sigma.item()
+    if now == step.sigma and len(cache.sigmas) > 1:
+        if cache.is_last_step or step.is_another_call(latents):
             return cache
-    is_next = now < cache.sigma and cache.halted is None and cache.goes_on(latents, now)
+    is_next = now < step.sigma and cache.halted is None and cache.goes_on(latents, now)
     if not is_next:
         num_steps, ran = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS), len(cache.schedule)
         if getattr(model, "enable_teacache", False) and 1 < ran != len(cache.sigmas) > 0:
             last = f"the last generation ran {ran} of {len(cache.sigmas)} steps (or was stopped)"
             logger.warning(f"TeaCache: {last}: set num_steps to num_inference_steps")
         anew = new_generation(model, [1 - step / num_steps for step in range(num_steps)])  # as if evenly spaced
-        if now == cache.sigma:  # images in turns, or one that was stopped in this step
-            anew.rivals = [x for x in (*cache.rivals, cache.latents) if x is not None and x.shape == latents.shape][-2:]
+        if now == step.sigma:  # images in turns, or one that was stopped in this step
+            anew.rivals = [x for x in (*cache.rivals, step.latents) if x is not None and x.shape == latents.shape][-2:]
         cache = anew
-    return cache.begin_step(cache.step + 1, now, sigma, latents.clone())
+    return cache.begin_step(cache.step.index + 1, now, sigma, latents.clone())
 
 
 def count_only(cache, sigma, why, timesteps=None, is_said=True):
     """The state of an image in which nothing is skipped: its steps are counted, and why is said once."""
     now = sigma.item()
-    if cache.halted != why or cache.timesteps is not timesteps or now > cache.sigma:
+    if cache.halted != why or cache.timesteps is not timesteps or now > cache.step.sigma:
         cache = TeaCacheState(timesteps=timesteps)
         cache.halt(why, is_said)
-    return cache if now == cache.sigma else cache.begin_step(cache.step + 1, now)
+    return cache if now == cache.step.sigma else cache.begin_step(cache.step.index + 1, now)
 
 
 def new_generation(model, sigmas, timesteps=None):
@@ -772,8 +772,8 @@ def watched(stock):
         result = stock.step(self, model_output, timestep, sample, *args, **kwargs)
         network = vars(self).get("teacache", lambda: None)()
         cache = network and vars(network).get("teacache")
-        is_running = cache and cache.timesteps is self.timesteps and cache.step + 1 == self.step_index
-        if not is_running or cache.latents is None or cache.moved is not None:
+        is_running = cache and cache.timesteps is self.timesteps and cache.step.index + 1 == self.step_index
+        if not is_running or cache.step.latents is None or cache.step.returned is not None:
             return result  # the network was not called for it
         is_random = any(map(torch.is_tensor, given)) or state_of_random(sample.device, given) != random_state
         if is_random and cache.may_skip:
@@ -807,11 +807,11 @@ def state_of_random(device, given):
 
 def finish_step(scheduler, cache, model_output, latents, result):
     """Returns the result of the scheduler's step, corrected."""
-    returned = result[0]
+    step, returned = cache.step, result[0]
     cache.end_calls(latents)
     if is_corrected(scheduler):
-        velocity, calls = model_output.to(torch.float32, copy=True), [branch.lineage for branch in cache.branches]
-        correction = cache.corrector.correction(velocity, cache.sigma, cache.next_sigma, cache.is_computed, calls)
+        velocity, calls = model_output.to(torch.float32, copy=True), [call.lineage for call in step.calls]
+        correction = cache.corrector.correction(velocity, step.sigma, cache.next_sigma, step.is_computed, calls)
         returned = (returned + correction).to(returned.dtype)
         result = (returned, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=returned)
     cache.end_step(latents, returned)

@@ -102,7 +102,7 @@ def test_off_is_stock_bit_for_bit_and_keeps_nothing(machine, off, told):
 
 
 def test_nothing_is_held_when_the_last_step_begins(machine, way):
-    """Nor after it; before it, at most latents, what was seen and three outputs for each branch."""
+    """Nor after it; before it, at most latents, what was seen and three outputs for each call."""
     model, job, held, begins = machine.model(), machine.job(), [], []
     machine.apply(model, **way)
     given_tensors = {id(t) for t in machine.tensors(job)}
