@@ -101,18 +101,21 @@ def teacache_forward(
         scale_lora_layers(self, lora_scale)
         try:
             inputs = hidden_states, timestep, encoder_hidden_states, encoder_attention_mask
-            return teacache_forward(self, *inputs, {"scaled": lora_scale}, return_dict)
+            return teacache_forward(self, *inputs, return_dict=return_dict)
         finally:
             unscale_lora_layers(self, lora_scale)
 
     # ---- TeaCache: a step that is skipped by extrapolation runs no part of the network ----
-    sigma = 1 - timestep.flatten()[0].float()  # one for the whole batch
-    conditioning = encoder_hidden_states, encoder_attention_mask, attention_kwargs.get("scaled", 1.0)
+    sigma = (
+        1 - timestep.flatten()[0].float()
+    )  # one for the whole batch, as pipelines expand it; else apart are the others
+    apart = timestep - timestep[0] if timestep.numel() > 1 and timestep.stride(0) else 0
+    conditioning = encoder_hidden_states, encoder_attention_mask, lora_scales(self), apart
     cache = begin_call(self, sigma, hidden_states, *conditioning)
     should_calc = cache.should_calc()
     if should_calc is False and cache.plan is not None:
         output = extrapolate(cache.call.outputs, cache.step.sigma)
-        cache.close_call()
+        cache.close_call(output)
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)
     # ---- end of TeaCache ----
 
@@ -173,6 +176,15 @@ def teacache_forward(
 
     cache.close_call(output, residual)  # TeaCache: for the steps that are skipped
     return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+def lora_scales(model):
+    """Of each LoRA layer that is switched on: its adapters and their scales."""
+    layers = [layer for layer in model.modules() if hasattr(layer, "lora_A")] if hasattr(model, "peft_config") else []
+    names = [(layer, name) for layer in layers if not layer.disable_adapters for name in layer.active_adapters]
+    return [
+        (name, round(layer.scaling.get(name, 0.0), 6)) for layer, name in names
+    ]  # scaling back leaves the last digit
 
 
 def modulated_input(block, hidden_states, temb):
@@ -284,40 +296,85 @@ class Corrector:
     """
 
     CLOSE = 0.45  # a parabola needs velocities at least this share of the current gap apart; otherwise a line is used
+    OTHER = 0.03  # share of a velocity that its calls do not explain as before; rounding to bfloat16 makes 0.003
 
     def __init__(self):
-        self.computed = []  # (sigma, velocity) of the last two computed steps
+        self.computed = []  # (sigma, velocity, number of the step) of the last two computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
-        self.kind = None
+        self.number = self.first_same = 0  # of the running step, and of the first one with velocities like its own
+        self.calls, self.weights = [], None  # of the step before
 
-    def correction(self, velocity, sigma, next_sigma, is_computed, kind):
+    def correction(self, velocity, sigma, next_sigma, is_computed, calls):
         """What to add to the latents after this step: the formula above, 0 after a skipped step.
 
-        kind: identifies the calls behind this velocity. Where they change (guidance ends, say), this begins anew.
+        calls: whose outputs the velocity is made of. Where they are others (guidance ends, say), or it is made in another
+        way (the scale of guidance changes, or another network guides), this begins anew.
         """
-        if self.kind != kind:
-            self.computed, self.skipped, self.kind = [], [], kind
+        self.number += 1
+        calls_before, self.calls = self.calls, [call.lineage for call in calls]
+        if self.calls != calls_before:
+            self.computed, self.skipped, self.weights = [], [], None
+        self.first_same = torch.where(self.is_same(velocity, calls), self.first_same, self.number)
         if not is_computed:
             self.skipped.append((sigma, next_sigma, velocity))
             return 0.0
-        self.computed = [(s, v) for s, v in self.computed if s > sigma]  # a scheduler may repeat a sigma
+        self.computed = [point for point in self.computed if point[0] > sigma]  # a scheduler may repeat a sigma
         total = 0.0
         if self.computed and sigma > 0:
             *earlier, last = self.computed
             far = self.CLOSE * (last[0] - sigma)
-            points = [*(point for point in earlier if point[0] - last[0] >= far), last, (sigma, velocity)]
+            points = [*(point for point in earlier if point[0] - last[0] >= far), last, (sigma, velocity, self.number)]
             for s, next_s, used in self.skipped:
                 total = total + (next_s - s) * (interpolate(points, s) - used)
             total = total * (sigma / (2 * sigma - min(sigma, next_sigma)))
-        self.computed, self.skipped = [*self.computed[-1:], (sigma, velocity)], []
+            are_same = (self.first_same <= points[0][2]).view(-1, *[1] * (velocity.ndim - 1))
+            total = torch.where(are_same, total, 0.0)
+        self.computed, self.skipped = [*self.computed[-1:], (sigma, velocity, self.number)], []
         return total
+
+    def is_same(self, velocity, calls):
+        """Whether each velocity of the batch is the same weighted sum of the outputs of its calls as in the step before.
+
+        Pipelines may rescale each row of pixels, so that every row has weights, and only the ratio of them counts.
+        """
+        if any(call.output.shape[1:] != velocity.shape[1:] or len(call.output) % len(velocity) for call in calls):
+            return torch.ones(len(velocity), dtype=torch.bool, device=velocity.device)  # tiles, say: not known
+        outputs = torch.cat([call.output for call in calls]).to(velocity)
+        outputs = outputs.unflatten(0, (-1, len(velocity))).movedim(0, -2)  # (batch, channels, ..., calls, width)
+        rows, weights, before = velocity.unsqueeze(-2), least_squares(outputs, velocity), self.weights
+        is_sum = self.leaves_little(rows - (weights * outputs).sum(-2, keepdim=True), velocity)
+        self.weights = torch.where(is_sum.view(-1, *[1] * velocity.ndim), weights, math.nan)  # NaN is never the same
+        if before is None:
+            return torch.zeros_like(is_sum)
+        expected = (before * outputs).sum(-2, keepdim=True)
+        scale = (rows * expected).sum(-1, keepdim=True) / expected.square().sum(-1, keepdim=True).clamp(min=1e-30)
+        return self.leaves_little(rows - scale * expected, velocity)
+
+    def leaves_little(self, rest, velocity):
+        return size_of(rest) < self.OTHER * size_of(velocity)
+
+
+def least_squares(outputs, velocity):
+    """The weights (..., calls, 1) with which the outputs (..., calls, width) add up to the velocity (..., width).
+
+    By Gauss and Jordan's elimination: it neither waits for the GPU nor takes a library that some devices lack.
+    """
+    columns = torch.cat([outputs, velocity.unsqueeze(-2)], dim=-2)
+    products = (outputs.unsqueeze(-2) * columns.unsqueeze(-3)).sum(-1)  # (..., calls, calls + 1)
+    diagonal = products.diagonal(dim1=-2, dim2=-1)
+    diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30  # equal outputs
+    for i in range(outputs.shape[-2]):
+        pivot = products[..., i : i + 1, :] / products[..., i : i + 1, i : i + 1]
+        products = products - products[..., i : i + 1] * pivot
+        products[..., i : i + 1, :] = pivot
+    return products[..., -1:]
 
 
 def interpolate(points, s):
-    """The polynomial through points (sigma, velocity) at s, in Lagrange's form."""
+    """The polynomial through points (sigma, velocity, ...) at s, in Lagrange's form."""
     total = 0.0
-    for i, (a, velocity) in enumerate(points):
-        total = total + velocity * math.prod((s - b) / (a - b) for j, (b, _) in enumerate(points) if j != i)
+    for i, (a, velocity, *_) in enumerate(points):
+        total = total + velocity * math.prod((s - b) / (a - b) for j, (b, *_) in enumerate(points) if j != i)
     return total
 
 
@@ -345,7 +402,7 @@ class TeaCacheState:
         self.step, self.before = Step(), Step()  # the running step, and the one before it
         self.call = None  # the running call
         self.is_on = False  # whether it may be skipped, and leaves what later ones reuse
-        self.rivals = []  # latents of other images that were at the same step just before
+        self.rivals = []  # latents of images that were not ready when this one began
         self.previous_modulated_input = None  # with a threshold: of the first call of the step before
         self.accumulated_rel_l1_distance = 0.0  # since the last computed step
         self.corrector = Corrector()
@@ -388,8 +445,8 @@ class TeaCacheState:
     def leads_to(self, latents, sigma):
         """With a scheduler: whether a call is of the next step, on what the scheduler has returned, or near that.
 
-        What was put in its place is compared by value, unless another image was at the same step, and with the sigma:
-        timesteps may be rounded, to thousandths.
+        What was put in its place is compared by value, unless it may be another image, and with the sigma: timesteps may be
+        rounded, to thousandths.
         """
         if self.step.returned is None or self.step.is_returned(latents):
             return self.step.returned is not None
@@ -397,14 +454,14 @@ class TeaCacheState:
         return not self.rivals and bool(self.step.is_near_returned(latents) & is_due)
 
     def goes_on(self, latents, sigma):
-        """Without a scheduler: whether this is the next step. The latents are nearer to those of this image than to others."""
+        """Without a scheduler: whether this is the next step. The latents are clearly nearer to this image than to another."""
         if not self.step.calls:  # of a step after the last one
             return True
         last = self.step.calls[0]
         if len(self.rivals) > 1 or not last.leads_to(latents, sigma):
             return False
         distances = [size_of(latents.float() - x.float()).sum() for x in (last.latents, *self.rivals)]
-        return len(distances) == 1 or (distances[0] < distances[1]).item()
+        return len(distances) == 1 or (distances[0] < 0.5 * distances[1]).item()
 
     def end_calls(self, latents):
         """The scheduler's step is made on these latents: calls on others were not of this step."""
@@ -414,6 +471,8 @@ class TeaCacheState:
     def end_step(self, latents, returned):
         """The scheduler's step has made `returned` of the latents."""
         self.step.end(latents, returned)
+        for call in self.step.calls:
+            call.output = None
         if self.is_last_step:
             self.free()
 
@@ -469,7 +528,9 @@ class TeaCacheState:
             return None
         if step.is_computed is None:
             step.is_computed = self.decide(modulated_input)
-        should_calc = step.is_computed or self.call.is_empty  # whatever was decided, if there is nothing to reuse
+        should_calc = self.call.is_computed = (
+            step.is_computed or self.call.is_empty or not self.is_on
+        )  # whatever was decided
         self.schedule[-1] |= should_calc
         return should_calc
 
@@ -488,19 +549,21 @@ class TeaCacheState:
         self.previous_modulated_input = modulated_input
         return is_computed
 
-    def close_call(self, output=None, residual=None):
-        """What the call leaves, of a computed one also its output. At the end, so that one that fails leaves nothing."""
+    def close_call(self, output, residual=None):
+        """What the call leaves. At the end, so that one that fails leaves nothing."""
         call, self.call = self.call, None
         is_alone = self.timesteps is None
         if self.halted is not None or (is_alone and self.is_last_step):
             return
         if is_alone:
             call.latents = call.latents.clone()  # the loop may write into them
+        else:
+            call.output = output
         if not self.is_on:
             call.empty()
         elif self.plan is None:
             call.previous_residual = residual
-        elif output is not None:
+        elif call.is_computed:
             earlier = [(s, v) for s, v in call.outputs if s > call.sigma]  # Heun's scheduler, say, repeats a sigma
             call.outputs = [*earlier[-2:], (call.sigma, output.clone())]  # the caller may write into its output
         self.step.calls.append(call)
@@ -552,6 +615,7 @@ class Call:
         self.sigma, self.latents, self.conditioning = sigma, latents, conditioning
         self.place, self.is_own = None, True  # in the latents of the step: see is_of
         self.lineage = object()  # identity of this call across steps
+        self.output = self.is_computed = None  # known at its end, until that of the step
         self.empty()
 
     def empty(self):
@@ -649,7 +713,7 @@ def place_in(whole, part):
 
 # ---- which step a call belongs to --------------------------------------------
 
-NOT_SEEN = "in this loop no step of its scheduler is seen (was it replaced, copied, or wrapped before? then apply TeaCache again)"
+NOT_SEEN = "no step of its scheduler is seen before this call (was it replaced, copied, or wrapped before? then apply TeaCache again)"
 
 
 def begin_call(model, sigma, latents, *conditioning, is_new=False):
@@ -673,14 +737,14 @@ def begin_call(model, sigma, latents, *conditioning, is_new=False):
 
 def follow(model, cache, scheduler, sigma, latents):
     """With a scheduler: an image begins where the timesteps are set, and goes on as TeaCacheState says."""
-    step, timesteps = cache.step, scheduler.timesteps  # set_timesteps makes a new tensor
-    num_train_timesteps = scheduler.config.num_train_timesteps
+    timesteps, num_train_timesteps = scheduler.timesteps, scheduler.config.num_train_timesteps
     index = scheduler.step_index
     if index is None:  # before the first step
         index = getattr(scheduler, "begin_index", None)
-    if cache.timesteps is not timesteps:
+    if cache.timesteps is not timesteps:  # set_timesteps makes a new tensor
         cache = TeaCacheState()
-    elif cache.halted is None:
+    step = cache.step
+    if cache.halted is None:
         if step.is_another_call(latents):
             return cache
         if index == step.index + 1 and cache.leads_to(latents, sigma):
@@ -695,10 +759,11 @@ def follow(model, cache, scheduler, sigma, latents):
     index = nearest if index is None else index
     watch(scheduler, model)
     anew = new_generation(model, sigmas, timesteps)
-    if index == step.index and step.latents is not None:
-        anew.rivals = [step.latents]
-    elif index == step.index + 1 > 0 and sigmas[index] == sigmas[nearest]:  # the loop goes on, with other latents
+    anew.rivals = cache.rivals
+    if index == step.index + 1 > 0 and sigmas[index] == sigmas[nearest]:  # the loop goes on, with other latents
         anew.schedule = cache.schedule
+    elif step.latents is not None:
+        anew.rivals = [step.latents]
     return anew.begin_step(index, sigmas[index], sigma, latents)
 
 
@@ -768,14 +833,14 @@ def watched(stock):
     @functools.wraps(stock.step)  # pipelines inspect its parameters
     def step(self, model_output, timestep, sample, *args, **kwargs):
         given = *args, *kwargs.values()
-        random_state = state_of_random(sample.device, given)
+        random_state = state_of_random(self, sample.device, given)
         result = stock.step(self, model_output, timestep, sample, *args, **kwargs)
         network = vars(self).get("teacache", lambda: None)()
         cache = network and vars(network).get("teacache")
         is_running = cache and cache.timesteps is self.timesteps and cache.step.index + 1 == self.step_index
         if not is_running or cache.step.latents is None or cache.step.returned is not None:
             return result  # the network was not called for it
-        is_random = any(map(torch.is_tensor, given)) or state_of_random(sample.device, given) != random_state
+        is_random = any(map(torch.is_tensor, given)) or state_of_random(self, sample.device, given) != random_state
         if is_random and cache.may_skip:
             cache.halt(f"{stock.__name__} adds noise in its steps")
             return result
@@ -790,12 +855,17 @@ def watched(stock):
 
 def stand_in(stock, **methods):
     names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__, "stock_class": stock}
-    return StandIn(stock.__name__, (stock,), {**names, **methods})
+    kind = StandIn if type(stock) is type else type("StandIn", (StandIn, type(stock)), {})  # abstract classes, say
+    return kind(stock.__name__, (stock,), {**names, **methods})
 
 
-def state_of_random(device, given):
-    """Of all generators that a step can draw noise from: those that it is given, and torch's own."""
-    generators = [x for each in given for x in (each if isinstance(each, list) else [each])]
+def state_of_random(scheduler, device, given):
+    """Of all generators that a step can draw noise from: those that it is given or has, and torch's own."""
+    if is_euler(scheduler) and not scheduler.config.get("stochastic_sampling"):
+        return []  # it draws none, but other threads may
+    generators = [
+        x for each in (*given, *vars(scheduler).values()) for x in (each if isinstance(each, list) else [each])
+    ]
     states = [x.get_state() for x in generators if isinstance(x, torch.Generator)]
     states += [torch.get_rng_state()]
     if device.type == "cuda":
@@ -810,8 +880,8 @@ def finish_step(scheduler, cache, model_output, latents, result):
     step, returned = cache.step, result[0]
     cache.end_calls(latents)
     if is_corrected(scheduler):
-        velocity, calls = model_output.to(torch.float32, copy=True), [call.lineage for call in step.calls]
-        correction = cache.corrector.correction(velocity, step.sigma, cache.next_sigma, step.is_computed, calls)
+        velocity = model_output.to(torch.float32, copy=True)
+        correction = cache.corrector.correction(velocity, step.sigma, cache.next_sigma, step.is_computed, step.calls)
         returned = (returned + correction).to(returned.dtype)
         result = (returned, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=returned)
     cache.end_step(latents, returned)
@@ -820,9 +890,12 @@ def finish_step(scheduler, cache, model_output, latents, result):
 
 def is_corrected(scheduler):
     """Whether the latents are: with Euler's method, as diffusers has it."""
-    stock = stock_class(scheduler)
-    is_euler = stock.step is FlowMatchEulerDiscreteScheduler.step and is_from(stock.step, "diffusers")
-    return CORRECT and is_euler and type(scheduler) is not stock
+    return CORRECT and is_euler(scheduler) and type(scheduler) is not stock_class(scheduler)
+
+
+def is_euler(scheduler):
+    step = stock_class(scheduler).step
+    return step is FlowMatchEulerDiscreteScheduler.step and is_from(step, "diffusers")
 
 
 def watch(scheduler, network):

@@ -15,8 +15,8 @@ def loop(machine):
 
 
 def near(loop):
-    """Two seeds that are 3 % apart."""
-    return [loop.latents(0), loop.latents(0) + 0.03 * loop.latents(1)]
+    """Two seeds that are 1 % apart."""
+    return [loop.latents(0), loop.latents(0) + 0.01 * loop.latents(1)]
 
 
 @torch.no_grad()
@@ -42,7 +42,8 @@ def together(loop, images, calls_first, with_scheduler=True):
 @pytest.mark.parametrize("calls_first", [False, True])
 @pytest.mark.parametrize("with_scheduler", [True, False])
 def test_images_in_turns(loop, calls_first, with_scheduler):
-    """Also of nearly the same noise."""
+    """Also of nearly the same noise, and of copies of the latents, which are compared by value."""
+    call = loop.call
     for images in (near(loop), [loop.latents(0), loop.latents(1)]):
         other = Loop(loop.machine, model=loop.machine.script.remove_teacache(twin(loop.model)))
         stock = together(other, list(images), calls_first, with_scheduler)
@@ -50,7 +51,9 @@ def test_images_in_turns(loop, calls_first, with_scheduler):
             loop.apply(**BUDGET)
         else:
             loop.machine.script.apply_teacache(loop.model, 8, **BUDGET)
-        assert equal(together(loop, list(images), calls_first, with_scheduler), stock)
+        for copied in (call, lambda latents, *args: call(latents.clone(), *args)):
+            loop.call = copied
+            assert equal(together(loop, list(images), calls_first, with_scheduler), stock)
 
 
 @torch.no_grad()
@@ -72,10 +75,13 @@ def test_another_view_of_the_same_noise(loop):
 
 @torch.no_grad()
 def test_the_third_call_fails(loop):
-    """Of the same prompt as the first, as in skip-layer guidance: which of the two is repeated is not known."""
+    """Of the same prompt as the first, as in skip-layer guidance. Which of the two is repeated is not known: all calls of the
+    next step are computed.
+    """
     loop.apply(**BUDGET)
     set_timesteps(loop.scheduler, 8)
     jobs, latents = (loop.job, loop.machine.job(1, guided=False), loop.job), loop.latents(0)
+    calls, ran = loop.machine.block_calls(loop.model), []
     for i, t in enumerate(loop.scheduler.timesteps):
         for k, job in enumerate(jobs):
             if (i, k) == (4, 2):
@@ -85,7 +91,25 @@ def test_the_third_call_fails(loop):
                 hook.remove()
             velocity = loop.call(latents, t, job)
         latents = loop.scheduler.step(velocity, t, latents, return_dict=False)[0]
-    assert loop.schedule == [i in (0, 4, 5, 7) for i in range(8)]
+        ran.append(len(calls))
+        calls.clear()
+    assert loop.schedule == [i in (0, 4, 5, 7) for i in range(8)] and ran == [3, 0, 0, 0, 4, 3, 0, 3]
+
+
+@torch.no_grad()
+def test_after_a_stop_in_the_first_step(loop):
+    """As a new network would draw it, also where the loop copies the latents, which are then compared by value."""
+    loop.apply(**BUDGET)
+    found = []
+    for is_stopped in (False, True):
+        if is_stopped:
+            loop.stopped(1)
+        set_timesteps(loop.scheduler, 8)
+        latents = loop.latents(0)
+        for t in loop.scheduler.timesteps:
+            latents = loop.scheduler.step(loop.call(latents.clone(), t), t, latents.clone(), return_dict=False)[0]
+        found.append((latents, loop.schedule))
+    assert equal(*found) and found[0][1] == [i in (0, 4, 7) for i in range(8)]
 
 
 class Noisy(FlowMatchEulerDiscreteScheduler):

@@ -20,7 +20,7 @@ WAYS = {
 BUDGET = dict(computed_steps=4)
 HOLD = {"rel_l1_thresh": 9.0, "coefficients": [1.0, 0.0]}  # computes the first and the last step
 NOT_DRIVEN = (
-    "TeaCache: in this loop no step of its scheduler is seen (was it replaced, copied, or wrapped before? then apply "
+    "TeaCache: no step of its scheduler is seen before this call (was it replaced, copied, or wrapped before? then apply "
     "TeaCache again)"
 )
 NOT_DRIVEN += ": all steps are computed"
@@ -242,7 +242,7 @@ def test_a_skipped_step_waits_for_nothing(loop, computed):
         ran.append([event.name.removeprefix("aten::") for event in profile.events()])
         assert not (is_skipped and set(FORBIDDEN) & set(ran[-1])), ran[-1]
     assert set(FORBIDDEN) & set(ran[0]), "the profiler sees them"
-    assert loop.schedule == [step in computed for step in range(8)] and max(map(len, ran[2:7])) < 200
+    assert loop.schedule == [step in computed for step in range(8)] and max(map(len, ran[2:7])) < 300
 
 
 # --- one scheduler, several owners ----------------------------------------------------------
