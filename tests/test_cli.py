@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import re
 import runpy
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import BUNDLED, equal, levels
+from conftest import BUNDLED, equal, levels, two_processes
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline
 from lumina_models import tiny_model
 from PIL import Image
@@ -170,7 +171,7 @@ UNSEEN = {  # until the model is loaded, or runs
     "GGUF by another name": (["--transformer", "gguf.safetensors"], "gguf.safetensors"),
     "another network": (["--transformer", "vae.safetensors"], "vae.safetensors does not fit --model"),
     "some weights": (["--transformer", "some.safetensors"], "some.safetensors does not fit --model"),
-    "an odd shape": (["--transformer", "shape.safetensors"], "x_embedder.weight"),
+    "an odd shape": (["--transformer", "shape.safetensors"], "shape.safetensors does not fit --model"),
     "another width": (["--transformer", "wide.safetensors"], "wide.safetensors does not fit --model"),
     "beyond the rotary tables": (["--height", "2048", "--width", "128"], "out of bounds"),
 }
@@ -433,6 +434,30 @@ def test_recipes(tmp_path, monkeypatch):
     exec(lines["lora"], {"pipeline": pipeline})
     image, again = draw(pipeline)
     assert levels(image, plain) > 1 and again == schedule
+
+
+def test_one_and_two_processes_draw_what_the_script_does(tmp_path, monkeypatch):
+    """The last is what the script draws; prompt, seed and settings are in it. Other processes may round otherwise."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("red apple\nDog, running!\n猫", encoding="utf-8")
+    flags = [*FAST, "--computed-steps", "2"]
+    with pytest.raises(SystemExit, match="False"):
+        batch_lumina2.main(["prompts.txt", *flags, "--output-dir", "one"])
+    main([*flags, "--prompt", "猫", "--output", "alone.png"])
+    (last,) = Path("one").glob("猫-*.png")
+    with Image.open("alone.png") as alone, Image.open(last) as ours:
+        assert levels(alone, ours) <= 1
+        settings = {"rel_l1_thresh": None, "computed_steps": 2, "num_inference_steps": 3, "dtype": "float32"}
+        assert (
+            json.loads(ours.text["teacache"]).items()
+            >= {"prompt": "猫", "seed": 1024, "height": None, **settings}.items()
+        )
+    two = two_processes(batch_lumina2.__file__, "prompts.txt", *flags, "--output-dir", "two")
+    assert two.returncode == 0 and two.stdout.count("3 of 3 images are in two") == 1, two.stderr
+    assert sorted(os.listdir("two")) == sorted(os.listdir("one")) and len(os.listdir("one")) == 3
+    for name in os.listdir("one"):
+        with Image.open(f"one/{name}") as one, Image.open(f"two/{name}") as other:
+            assert levels(one, other) <= 1 and one.text == other.text
 
 
 # --- files copied alone ------------------------------------------------------------------
