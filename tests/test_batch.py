@@ -59,7 +59,7 @@ class Batch:
 class Lumina2(Batch):
     what, kind, flags = "images", ".png", ["--model", "model", "--num-inference-steps", "20"]
     lines, names, other = ["Dog, running!", "red apple", "猫"], ["dog-running", "red-apple", "猫"], "sun"
-    others = "--guidance-scale 2 --height 64", "--negative-prompt a"
+    others = "--guidance-scale 2", "--height 64", "--negative-prompt a"
 
     def __init__(self, patch):
         from TeaCache4LuminaT2X import batch_lumina2, teacache_lumina2

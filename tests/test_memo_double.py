@@ -11,10 +11,10 @@ from types import ModuleType
 import pytest
 import torch
 from conftest import MEMO_DOUBLE
-from memo_models import REAL, REFERENCE, UNET, Clip, package, tiny_pipeline
+from memo_models import REFERENCE, UNET, Clip, package, real, tiny_pipeline
 from test_memo_cli import call
 
-pytestmark = pytest.mark.skipif(not REAL, reason="the real memo is not here: pytest --memo PATH")
+pytestmark = real
 
 MODULES = sorted(p.relative_to(MEMO_DOUBLE / "memo").as_posix() for p in (MEMO_DOUBLE / "memo").rglob("[a-z]*.py"))
 SIMPLER = {  # inside the blocks the double has parts of its own

@@ -6,13 +6,12 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from memo_models import REAL
+from memo_models import real
 from safetensors.torch import load_file
 
 from TeaCache4Memo import teacache_memo
 
 FOLDER = ROOT / "assets" / "memo-emoji"
-real = pytest.mark.skipif(not REAL, reason="the real memo is not here: pytest --memo PATH")
 
 
 def test_the_folder_is_complete():
@@ -70,25 +69,6 @@ def test_it_talks(emoji):
         for i, mouth in enumerate(mouths):
             others = [evaluate.correlation(mouth, o) for j, o in enumerate(openings) if j != i]
             assert abs(sum(others) / len(others)) < 0.2, others
-
-
-@real
-def test_threshold_0_is_stock_over_two_clips(emoji):
-    """Bit for bit, with memory and past frames."""
-    evaluate, parts, config, voices = emoji
-    config = config.copy()
-    config.inference_steps = 3
-    voice = {name: value[:32] if name.startswith("audio") else value for name, value in voices[0].items()}
-    found = evaluate.speak(*parts, config, voice, 0, rel_l1_thresh=0)[0]
-    with pytest.MonkeyPatch.context() as patch:
-        plain = type("Plain", (), {"teacache": type("State", (), {"schedule": []})})
-        patch.setattr(
-            teacache_memo, "apply_teacache", lambda model, *args, **kwargs: teacache_memo.remove_teacache(model)
-        )
-        stock = teacache_memo.stock_class(parts[0].diffusion_net)
-        patch.setattr(stock, "teacache", plain.teacache, raising=False)
-        expected = evaluate.speak(*parts, config, voice, 0)[0]
-    assert torch.equal(found, expected)
 
 
 @real
