@@ -12,9 +12,9 @@ import pytest
 from conftest import MEMO_DOUBLE, ROOT, two_processes
 from memo_models import REAL
 from PIL import Image
-from test_memo_cli import ARGUMENTS, BATCH, FRAMES, here, models, quick, read, write_sound  # noqa: F401, fixtures among them
+from test_memo_cli import ARGUMENTS, BATCH, FRAMES, here, models, read, write_sound  # noqa: F401, fixtures among them
 
-from TeaCache4Memo import batch_memo, compare_memo, teacache_memo
+from TeaCache4Memo import batch_memo, teacache_memo
 
 FLAGS = [*BATCH, "--rel_l1_thresh", "0.5"]
 STEMS = ["face_speech", "other, one_speech", "face_long"]
@@ -29,58 +29,47 @@ def pairs(here):  # noqa: F811
     return here
 
 
-def make(*flags):
-    """The exit code."""
-    with pytest.raises(SystemExit) as exit:
-        batch_memo.main([*FLAGS, *flags])
-    return int(exit.value.code)
-
-
-def videos(folder="outputs"):
+def videos(folder):
     """{stem without code: frames}; those of one stem must be one."""
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".mp4") and name[0] != ".")
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".mp4"))
     found = {name.rpartition("_")[0]: read(os.path.join(folder, name))[0] for name in names}
-    assert len(found) == len(names)
+    assert len(found) == len(names) and len(os.listdir(folder)) == 2 * len(names), "and a JSON file for each"
     return found
-
-
-def test_a_video_a_pair(pairs, capsys):
-    assert make() == 0
-    out = capsys.readouterr().out
-    assert out.count("saved outputs/") == 3 and out.endswith("3 of 3 videos are in outputs\n")
-    found = videos()
-    assert {stem: len(frames) for stem, frames in found.items()} == dict(zip(STEMS, (32, 32, 48)))
-    assert len(os.listdir("outputs")) == 6
-    records = [json.loads(path.read_text()) for path in (pairs / "outputs").glob("*.json")]
-    assert {(r["image"], r["audio"]) for r in records} == {
-        ("face.png", "speech.wav"),
-        ("other, one.png", "speech.wav"),
-        ("face.png", "long.wav"),
-    }
-    assert all(r["setting"] == "rel_l1_thresh 0.5" and r["seed"] == 42 and r["config"]["fps"] == 30 for r in records)
-    teacache_memo.main([*ARGUMENTS, *FLAGS[-2:], "--input_image", "other, one.png"])
-    assert np.array_equal(read("outputs/other, one_speech.mp4")[0], found[STEMS[1]]), "as a run by itself"
-
-
-def test_a_config_that_holds_more(pairs, quick):  # noqa: F811
-    """A list and a group: in the JSON as they are."""
-    text, more = Path("config.yaml").read_text(), {"tags": ["a", "b"], "group": {"of": [1]}, "again": 30}
-    Path("config.yaml").write_text(text + "tags: [a, b]\ngroup: {of: [1]}\nagain: ${fps}\n")
-    assert make() == 0
-    compare_memo.main([*ARGUMENTS, "--rel_l1_thresh", "--computed_steps", "2"])
-    records = [json.loads(path.read_text()) for path in Path("outputs").glob("*.json")]
-    assert len(records) == 4 and all(more.items() <= record["config"].items() for record in records)
-
-
-# --- away from the repository ------------------------------------------------------------------------
-
-ALONE = pytest.mark.skipif(REAL, reason="the saved models are the real memo's, and its utils need models from the Hub")
 
 
 def copy_scripts(*names):
     Path("scripts").mkdir()
     for name in names:
         shutil.copy(ROOT / "TeaCache4Memo" / name, "scripts")
+
+
+def test_a_video_a_pair(pairs, capsys):
+    """By one process and by two, as by a run for itself. What else the config holds is in the JSON files, as it is."""
+    with open("config.yaml", "a") as config:
+        config.write("tags: [a, b]\ngroup: {of: [1]}\nagain: ${fps}\n")
+    with pytest.raises(SystemExit, match="False"):
+        batch_memo.main([*FLAGS, "--output_dir", "one"])
+    out, found = capsys.readouterr().out, videos("one")
+    assert out.count("saved one/") == 3 and out.endswith("3 of 3 videos are in one\n")
+    assert {stem: len(frames) for stem, frames in found.items()} == dict(zip(STEMS, (32, 32, 48)))
+    records = [json.loads(path.read_text()) for path in Path("one").glob("*.json")]
+    inputs = {("face.png", "speech.wav"), ("other, one.png", "speech.wav"), ("face.png", "long.wav")}
+    assert {(record["image"], record["audio"]) for record in records} == inputs
+    more = {"tags": ["a", "b"], "group": {"of": [1]}, "again": 30, "fps": 30}
+    for record in records:
+        assert record["setting"] == "rel_l1_thresh 0.5" and record["seed"] == 42
+        assert more.items() <= record["config"].items()
+    teacache_memo.main([*ARGUMENTS, *FLAGS[-2:], "--input_image", "other, one.png"])
+    assert np.array_equal(read("outputs/other, one_speech.mp4")[0], found[STEMS[1]])
+
+    if REAL:  # its utils need models from the Hub
+        return
+    copy_scripts("teacache_memo.py", "batch_memo.py")
+    two = two_processes("scripts/batch_memo.py", *FLAGS, "--output_dir", "two", PYTHONPATH=str(MEMO_DOUBLE))
+    assert two.returncode == 0 and two.stdout.count("3 of 3 videos are in two") == 1, two.stderr
+    by_two = videos("two")
+    assert set(by_two) == set(STEMS)
+    assert all(np.abs(found[stem].astype(int) - by_two[stem]).max() <= 4 for stem in STEMS), "other rounding, then h264"
 
 
 def test_the_scripts_alone(here, monkeypatch):  # noqa: F811
@@ -98,15 +87,3 @@ def test_the_scripts_alone(here, monkeypatch):  # noqa: F811
     monkeypatch.delitem(sys.modules, "teacache_memo")
     runs = json.loads(Path("outputs/face_speech_compare.json").read_text())["runs"]
     assert len(read("outputs/face_speech.mp4")[0]) == 2 * FRAMES and runs[1]["computed"] == 4
-
-
-@ALONE
-def test_two_processes_make_what_one_makes(pairs):
-    copy_scripts("teacache_memo.py", "batch_memo.py")
-    two = two_processes("scripts/batch_memo.py", *FLAGS, "--output_dir", "two", PYTHONPATH=str(MEMO_DOUBLE))
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("3 of 3 videos are in two") == 1
-    assert make("--output_dir", "one") == 0
-    a, b = videos("one"), videos("two")
-    assert set(a) == set(b) == set(STEMS)
-    assert all(np.abs(a[name].astype(int) - b[name]).max() <= 4 for name in STEMS), "other rounding, then h264"

@@ -141,14 +141,33 @@ def read(path):
 # --- from a portrait and a voice to a video -----------------------------------------------
 
 
-def test_two_clips(here, capsys):
-    run("--output_dir", "new/outputs", "--rel_l1_thresh", 9)
+@pytest.mark.parametrize(
+    "flags, computed, says",
+    [
+        ("", 4, "(computed_steps 4, corrected), seed 42"),  # the constant
+        ("--rel_l1_thresh 9", 2, "(rel_l1_thresh 9.0, corrected), seed 42"),
+        ("--computed_steps 0,2,5 --seed 7", 3, "(computed_steps 0,2,5, corrected), seed 7"),
+    ],
+)
+def test_two_clips(here, capsys, monkeypatch, flags, computed, says):
+    """The video of two clips. What is said was computed."""
+    load, calls = teacache_memo.load_pipeline, []
+
+    def load_pipeline(*args, **more):
+        pipeline, audio_proj = load(*args, **more)
+        pipeline.diffusion_net.mid_block.register_forward_hook(lambda *_: calls.append(1))
+        return pipeline, audio_proj
+
+    monkeypatch.setattr(teacache_memo, "load_pipeline", load_pipeline)
+    monkeypatch.setattr(teacache_memo, "COMPUTED_STEPS", 4)
+    run("--output_dir", "new/outputs", *flags.split())
     frames, fps, sound = read("new/outputs/face_speech.mp4")
     assert frames.shape == (2 * FRAMES, 16, 16, 3) and fps == FPS and sound == "aac"
+    assert os.listdir("new/outputs") == ["face_speech.mp4"] and len(calls) == 2 * computed
     out, err = capsys.readouterr()
-    closing = r"saved new/outputs/face_speech.mp4: [\d.]+ s, 4 of 12 steps computed \(rel_l1_thresh 9.0, corrected\), seed 42\n"
-    assert re.fullmatch(closing, out) and os.listdir("new/outputs") == ["face_speech.mp4"]
-    lines = [f"clip {clip} of 2: 2 of 6 steps computed" for clip in (1, 2)]
+    closing = rf"saved new/outputs/face_speech.mp4: [\d.]+ s, {2 * computed} of 12 steps computed {re.escape(says)}\n"
+    assert re.fullmatch(closing, out)
+    lines = [f"clip {clip} of 2: {computed} of 6 steps computed" for clip in (1, 2)]
     assert err.splitlines() == lines, "on no terminal, a line a clip"
 
 
@@ -164,26 +183,6 @@ def test_flags():
 def test_names_of_videos(tmp_path, name, stem):
     """As those of the files; so long ones that they could not be joined are cut."""
     assert teacache_memo.output_path(tmp_path, f"{name}.png", f"{name}.wav").name == f"{stem}_{stem}.mp4"
-
-
-@pytest.mark.parametrize(
-    "flags, computed, says",
-    [((), 8, "computed_steps 4"), (("--computed_steps", "0,2,5", "--seed", 7), 6, "computed_steps 0,2,5")],
-)
-def test_what_is_said_was_computed(here, capsys, monkeypatch, flags, computed, says):
-    """Without flags: the constant."""
-    load, calls = teacache_memo.load_pipeline, []
-
-    def load_pipeline(*args, **more):
-        pipeline, audio_proj = load(*args, **more)
-        pipeline.diffusion_net.mid_block.register_forward_hook(lambda *_: calls.append(1))
-        return pipeline, audio_proj
-
-    monkeypatch.setattr(teacache_memo, "load_pipeline", load_pipeline)
-    monkeypatch.setattr(teacache_memo, "COMPUTED_STEPS", 4)
-    run(*flags)
-    assert len(calls) == computed
-    assert f"{computed} of 12 steps computed ({says}, corrected), seed {7 if flags else 42}" in capsys.readouterr().out
 
 
 def call(**given):
@@ -375,7 +374,6 @@ def test_xformers_leaves_no_trace(monkeypatch, tmp_path, capfd, xformers):
         (["--computed_steps", "3", "--rel_l1_thresh", "0.1"], "not both"),
         (["--output_dir", "face.png"], "face.png"),
         (["--output_dir", "/proc"], "/proc"),
-        (["--tolerance", "0.1"], "--tolerance"),
         (["--emotion", "glad"], "argument --emotion: invalid choice: 'glad'"),
     ],
 )

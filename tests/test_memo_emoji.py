@@ -16,13 +16,8 @@ FOLDER = ROOT / "assets" / "memo-emoji"
 
 def test_the_folder_is_complete():
     """Each part has its weights, and the class that memo or diffusers loads it with."""
-    classes = {
-        "diffusion_net": "UNet3DConditionModel",
-        "reference_net": "UNet2DConditionModel",
-        "image_proj": "ImageProjModel",
-        "audio_proj": "AudioProjModel",
-        "vae": "AutoencoderKL",
-    }
+    classes = {"diffusion_net": "UNet3DConditionModel", "reference_net": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+    classes |= {"image_proj": "ImageProjModel", "audio_proj": "AudioProjModel"}
     for name, its_class in classes.items():
         assert list((FOLDER / name).glob("*.safetensors"))
         assert json.loads((FOLDER / name / "config.json").read_text())["_class_name"] == its_class
@@ -60,9 +55,8 @@ def test_it_talks(emoji):
     """The mouth follows its own voice, also with half of the steps, and not the other one."""
     evaluate, parts, config, voices = emoji
     for settings in ({}, {"computed_steps": 5}):
-        mouths = [
-            evaluate.mouth_opening(evaluate.speak(*parts, config, v, i, **settings)[0]) for i, v in enumerate(voices)
-        ]
+        videos = [evaluate.speak(*parts, config, voice, i, **settings)[0] for i, voice in enumerate(voices)]
+        mouths = [evaluate.mouth_opening(video) for video in videos]
         own = [evaluate.correlation(mouth, v["opening"]) for mouth, v in zip(mouths, voices)]
         assert min(own) > 0.7, own
         openings = load_file(FOLDER / "voices.safetensors")["opening"]
