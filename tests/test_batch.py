@@ -224,6 +224,7 @@ LINES = {  # of the file, or its bytes, or None: it is not there; and flags
         ("fox", "--output-dir lines.txt", "lines.txt"),
         ("fox", "--output-dir lines.txt/below", "lines.txt"),
         ("fox", "--prompt fox", "--prompt is not for a batch"),
+        ("fox", "--height 100", "must be multiples of 16"),
         ("fox\nfox\n", f"--seed {2**64 - 1}", "--seed must be a number of 64 bits"),  # of the second line
     ],
     "memo": [

@@ -196,14 +196,14 @@ def bad_files(tmp_path_factory):
 
 @pytest.fixture
 def fails(bad_files, capsys, monkeypatch):
-    """Runs a tool with flags that cannot work: one line is said, with the word, and no file is written."""
+    """Runs the script with flags that cannot work: one line is said, with the word, and no file is written."""
 
-    def run(flags, word, tool=teacache_lumina2):
+    def run(flags, word):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         before = sorted(bad_files.rglob("*"))
         monkeypatch.chdir(bad_files)
         with pytest.raises(SystemExit) as exit:
-            tool.main(flags)
+            main(flags)
         lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
         assert exit.value.code == 2 and len(lines) == 1 and word in lines[0]
         assert sorted(bad_files.rglob("*")) == before
@@ -236,16 +236,6 @@ def test_errors_of_any_kind(error, fake, fails):
     fake.while_it_draws = raising(error)
     says = {KeyError: "KeyError: 'x_embedder'", RuntimeError: "RuntimeError: Out of memory. Tried to"}
     fails(["--output", "x.png"], says[type(error)])
-
-
-@pytest.mark.parametrize("tool", [batch_lumina2, compare_lumina2], ids=lambda tool: tool.__name__)
-def test_tools_have_the_errors_of_the_script(tool, tmp_path, fails, monkeypatch):
-    monkeypatch.setattr(teacache_lumina2, "load_pipeline", lambda args: pytest.fail("loading began"))
-    (tmp_path / "prompts.txt").write_text("fox\nfox\n")
-    flags = [*MODEL, *([str(tmp_path / "prompts.txt")] if tool is batch_lumina2 else [])]
-    for case in ("threshold", "height", "no transformer", "a long seed", "a negative one", "a list for other steps"):
-        wrong, says = SEEN[case]
-        fails([*flags, *wrong], says, tool)
 
 
 # --- terminals -------------------------------------------------------------------------

@@ -206,6 +206,8 @@ NO_BUDGETS = "31 15/10 15/ /100 -3 x 15/10/5 2.5 0,9 0,9,29/31 0,,29".split()
     [
         *(([f"--computed-steps={words}"], "computed") for words in NO_BUDGETS),
         (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--rel-l1-thresh", "0.1", "nan"], "rel_l1_thresh must be"),
+        (["--height", "100"], "must be multiples of 16"),
         (["--output", "x.png"], "File exists: 'x.json'"),
         (["--output", "none/y.png"], "No such file or directory: 'none/y.png'"),
         (["--output", "x" * 251 + ".png"], "File name too long"),  # of .json
