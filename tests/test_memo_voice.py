@@ -89,9 +89,10 @@ def test_it_hears_as_memos_wav2vec():
     assert torch.allclose(found, torch.stack(expected, dim=2)[0], atol=1e-5)
 
 
-def test_a_voice_in_any_format(tmp_path):
+def test_a_voice_in_any_format(tmp_path, monkeypatch):
     """The same voice in a film, in stereo and at another rate: about the same features, as many frames."""
-    file, picture = tmp_path / "12:30 50%.mp4", ("-f", "lavfi", "-i", "color=red:size=32x32:duration=1")
+    monkeypatch.chdir(tmp_path)
+    file, picture = Path("12:30 50%.mp4"), ("-f", "lavfi", "-i", "color=red:size=32x32:duration=1")
     ffmpeg("-i", FOLDER / "example.wav", *picture, "-af", "volume=0.5", "-ac", 2, "-ar", 44100, f"file:{file}")
     inputs, prepared = prepare(tmp_path, audio=file), load_file(FOLDER / "example.safetensors")["audio_emb"]
     assert 32 <= inputs.num_frames <= 34 and len(inputs.audio_emb) % 16 == 0
@@ -424,7 +425,7 @@ def test_a_video_that_cannot_be_written(here, path, sound, size, says):  # noqa:
     clips = (made.append(1) or np.zeros((16, size, size, 3), np.uint8) for _ in range(40))
     with pytest.raises(OSError, match=f"{path} could not be written: .*{says}") as kept:
         teacache_memo.write_video(clips, path, FPS, sound)
-    assert kept and clips.gi_frame is None and len(made) < (10 if size == 31 else 1), "before a clip is computed"
+    assert kept and clips.gi_frame is None and len(made) < (10 if size == 31 else 1)
     assert sorted(os.listdir()) == ["config.yaml", "face.png", "speech.wav"]
 
 
