@@ -436,6 +436,7 @@ def test_one_and_two_processes_draw_what_the_script_does(tmp_path, monkeypatch):
     two = two_processes(batch_lumina2.__file__, "prompts.txt", *flags, "--output-dir", "two")
     assert two.returncode == 0 and two.stdout.count("3 of 3 images are in two") == 1, two.stderr
     assert sorted(os.listdir("two")) == sorted(os.listdir("one")) and len(os.listdir("one")) == 3
+    assert "2/2" in two.stderr, "the first process draws its share"
     for name in os.listdir("one"):
         with Image.open(f"one/{name}") as one, Image.open(f"two/{name}") as other:
             assert levels(one, other) <= 1 and one.text == other.text

@@ -68,7 +68,7 @@ def test_a_video_a_pair(pairs, capsys):
     two = two_processes("scripts/batch_memo.py", *FLAGS, "--output_dir", "two", PYTHONPATH=str(MEMO_DOUBLE))
     assert two.returncode == 0 and two.stdout.count("3 of 3 videos are in two") == 1, two.stderr
     by_two = videos("two")
-    assert set(by_two) == set(STEMS)
+    assert set(by_two) == set(STEMS) and two.stdout.count("saved two/") == 3, "each makes its share"
     assert all(np.abs(found[stem].astype(int) - by_two[stem]).max() <= 4 for stem in STEMS), "other rounding, then h264"
 
 
