@@ -21,7 +21,7 @@ MEMO_DOUBLE = ROOT / "tests" / "memo_double"
 DEVICE = "cpu"  # or "cuda", see --device
 LUMINA2 = importlib.util.find_spec("diffusers.pipelines.lumina2") is not None
 if not LUMINA2:  # diffusers before 0.33, as memo pins it: only the tests of MEMO and of what both scripts share
-    collect_ignore = [f"test_{name}.py" for name in "forward pipeline cli compare batch attention readmes".split()]
+    collect_ignore = [f"test_{name}.py" for name in "forward pipeline cli compare attention readmes".split()]
 
 settings.register_profile("here", deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("ci", settings.get_profile("here"), derandomize=True)

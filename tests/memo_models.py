@@ -6,6 +6,7 @@ Everything here runs on whichever `memo` can be imported: see conftest.py.
 import copy
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import on_device
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
@@ -16,6 +17,7 @@ memo = import_memo()
 import memo as package  # noqa: E402
 
 REAL = Path(package.__file__).parent.parent.name != "memo_double"
+real = pytest.mark.skipif(not REAL, reason="the real memo is not here: pytest --memo PATH")
 STOCK_FORWARD = memo.UNet3DConditionModel.forward  # before anything patches the class
 LATENTS, FACE, AUDIO = 4, 16, 16  # channels
 FACE_EMBEDDING = 512

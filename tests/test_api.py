@@ -83,6 +83,9 @@ def test_class_attributes_and_constants(machine, patched_class, monkeypatch):
     assert sum(schedule()) == 5
     machine.apply(model)
     assert sum(schedule()) == 3, "nothing given: the constants, whatever the class has"
+    monkeypatch.setattr(machine.script, "COMPUTED_STEPS", [0, 1, 3, 7])
+    assert schedule() == [i in (0, 1, 3, 7) for i in range(8)], "edited after apply_teacache, too"
+    monkeypatch.setattr(machine.script, "COMPUTED_STEPS", 3)
     machine.script.remove_teacache(model)
     del model.enable_teacache  # which switches this one off, where its class is on
     assert sum(schedule()) == 5
@@ -106,10 +109,7 @@ def test_class_attributes_and_constants(machine, patched_class, monkeypatch):
         *[(dict(rel_l1_thresh=t), "must be a number of at least 0") for t in (-0.1, math.nan, math.inf)],
         *[(dict(num_steps=8, computed_steps=k), "whole number from 2 to 8") for k in (-1, 0, 1, 9, 2.5, math.nan)],
         (dict(num_steps=1, computed_steps=2), "from 1 to 1"),
-        *[
-            (dict(computed_steps=k), "rising whole numbers from 0")
-            for k in ([], [1, 5], [0, 5, 3], [0, 2.5, 4], [0, 0])
-        ],
+        *[(dict(computed_steps=k), "rising") for k in ([], [1, 5], [0, 5, 3], [0, 2.5, 4], [0, 0])],
         (dict(num_steps=8, computed_steps=[0, 4, 8]), "a list for 9 steps, not for 8"),
         (dict(computed_steps=[0, 4, 8]), "a list for 9 steps, not for"),  # the constant
         (dict(rel_l1_thresh=0.0, computed_steps=4), "not both"),
@@ -134,9 +134,9 @@ def test_constants_that_cannot_work(machine, monkeypatch, constant, value):
     machine.script.apply_teacache(machine.model(), 8, computed_steps=4)
 
 
-def test_defaults_and_what_is_positional(machine, monkeypatch):
-    """The constants, which users edit; one computed step of one is possible; computed_steps goes by name."""
-    script, model = machine.script, machine.model()
+def test_defaults_and_what_is_positional(machine):
+    """Nothing is copied from the constants; one computed step of one is possible; computed_steps goes by name."""
+    script = machine.script
     names = ["model", "num_steps", "rel_l1_thresh", "coefficients"]
     kinds = {p.name: p.kind for p in inspect.signature(script.apply_teacache).parameters.values()}
     assert [n for n, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD] == names
@@ -149,34 +149,63 @@ def test_defaults_and_what_is_positional(machine, monkeypatch):
     assert values() == [True, None, None, None, None]
     assert values(9, 0.2, [1.0]) == [True, 9, 0.2, [1.0], None]
     assert values(1, computed_steps=1) == [True, 1, None, None, 1]
-    script.apply_teacache(model, 8)
-    monkeypatch.setattr(script, "REL_L1_THRESH", 1e9)
-    monkeypatch.setattr(script, "COEFFICIENTS", [1.0])
-    for value, computed in [(4, 4), ([0, 1, 7], 3), (None, 2)]:
-        monkeypatch.setattr(script, "COMPUTED_STEPS", value)
-        machine.denoise(model, machine.job())
-        assert sum(model.teacache.schedule) == computed, "edited after apply_teacache, too"
 
 
-LIKE_4 = [np.int64(4), 4.0, torch.tensor(4)]
-LIKE_A_LIST = [range(0, 8, 7), np.array([0, 7]), [0.0, np.int64(7)]]
+OTHER_TYPES = [(steps, {"computed_steps": 4}) for steps in (np.int64(4), 4.0, torch.tensor(4))]
+OTHER_TYPES += [(steps, {"computed_steps": [0, 7]}) for steps in (range(0, 8, 7), np.array([0, 7]), [0.0, np.int64(7)])]
+LINE = {"rel_l1_thresh": 0.3, "coefficients": [2.0, 0.01]}
+OTHER_TYPES += [(coefficients, LINE) for coefficients in (np.array([2.0, 0.01]), (2, 0.01))]
 
 
-@pytest.mark.parametrize("steps", [*LIKE_4, *LIKE_A_LIST], ids=str)
-def test_numbers_of_other_types(machine, steps):
+@pytest.mark.parametrize("given, settings", OTHER_TYPES, ids=str)
+def test_numbers_of_other_types(machine, given, settings):
     """As they come from arrays, command lines and JSON."""
     model, job = machine.model(), machine.job(guided=False)
-    expected = machine.oracle(model, job, computed_steps=4 if np.ndim(steps) == 0 else [0, 7])
-    machine.apply(model, np.int64(8), computed_steps=steps)
+    expected = machine.oracle(model, job, **settings)
+    machine.apply(model, np.int64(8), **settings | {[*settings][-1]: given})
     assert equal(machine.denoise(model, job), expected[:2]) and model.teacache.schedule == expected[2]
 
 
-@pytest.mark.parametrize("coefficients", [np.array([2.0, 0.01]), (2, 0.01)], ids=str)
-def test_coefficients_of_other_types(machine, coefficients):
-    model, job = machine.model(), machine.job(guided=False)
-    expected = machine.oracle(model, job, rel_l1_thresh=0.3, coefficients=[2.0, 0.01])
-    machine.apply(model, 8.0, coefficients, rel_l1_thresh=0.3)
-    assert equal(machine.denoise(model, job), expected[:2]) and model.teacache.schedule == expected[2]
+# --- the forward -----------------------------------------------------------------------------
+
+
+def test_its_parameters_are_the_stock_ones(machine):
+    forwards = machine.script.teacache_forward, machine.models.STOCK_FORWARD
+    ours, theirs = ([(p.name, p.default, p.kind) for p in inspect.signature(f).parameters.values()] for f in forwards)
+    assert ours == theirs and len(ours) > 5
+
+
+@pytest.mark.parametrize("way", [dict(rel_l1_thresh=1e9), dict(computed_steps=2)], ids=str)
+def test_what_a_skipped_step_runs(machine, way):
+    """By a threshold all but the blocks, and the norm that decides, in the first call; by a number of steps nothing.
+
+    A computed step: what stock runs, and nothing else.
+    """
+    model, job, calls, hooks = machine.model(), machine.job(), [], []
+    for name, module in [*model.named_modules()][1:]:  # the first is the model itself
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=name: calls[-1].append(name)))
+
+    def run(forward):
+        calls.clear()
+        machine.denoise(forward, job, before=lambda *_: calls.append([]))
+        return list(calls)
+
+    stock = run(machine.stock(model))[0]
+    machine.apply(model, **way)
+    found = run(model)
+    for hook in hooks:  # older diffusers have one SiLU for all models
+        hook.remove()
+    assert model.teacache.schedule == [True] + [False] * 6 + [True]
+    blocks = {name for name in stock if name.startswith(("layers.", "down_blocks", "mid_block", "up_blocks"))}
+    norm = {name for name in stock if name.startswith("layers.0.norm1")}
+    assert {"layers.0.attn", "mid_block"} & blocks
+    for i, names in enumerate(found):
+        step, is_first = i // machine.passes, i % machine.passes == 0
+        if "computed_steps" in way and 0 < step < 7:
+            assert names == []
+        else:
+            assert [name for name in names if name not in blocks] == [name for name in stock if name not in blocks]
+            assert blocks & set(names) == (blocks if step in (0, 7) else norm if is_first else set())
 
 
 def test_import_does_nothing(tmp_path):

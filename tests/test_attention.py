@@ -59,11 +59,10 @@ def test_it_is_the_stock_attention(lengths, dtype, rtol):
     assert all(isinstance(layer.attn.processor, FlashProcessor) for layer in model.layers)
     assert close(denoise(model, cond, steps=2)[0], stock, rtol)
     assert {(q[1], k[1]) for q, k, _ in flash.calls} == {(4, 2)} and len(flash.calls) == 2 * 4
-    patches = 4
-    # context refiner: captions without padding; noise refiner: pictures; blocks: both, without padding
-    tokens = {q[0] for q, *_ in flash.calls}
-    assert tokens == {sum(lengths), len(lengths) * patches, sum(lengths) + len(lengths) * patches}
-    ends = [sum(lengths[:i]) + i * patches for i in range(len(lengths) + 1)]
+    # context refiner: captions without padding; noise refiner: pictures of 4 patches; blocks: both, without padding
+    pictures = 4 * len(lengths)
+    assert {q[0] for q, *_ in flash.calls} == {sum(lengths), pictures, sum(lengths) + pictures}
+    ends = [sum(lengths[:i]) + 4 * i for i in range(len(lengths) + 1)]
     assert ends in [bounds for *_, bounds in flash.calls]
 
 

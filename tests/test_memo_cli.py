@@ -45,14 +45,18 @@ ARGUMENTS = ["--config", "config.yaml", "--input_image", "face.png", "--input_au
 BATCH = ["pairs.csv", "--config", "config.yaml"]
 
 
+def save_sound(path, channels, rate=16000):
+    """A wav of (samples, channels)."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((channels.shape[1], 2, rate, 0, "NONE", ""))
+        file.writeframes(channels.astype(np.int16).tobytes())
+    return path
+
+
 def write_sound(path, frames, rate=44100):
     """A tone as long as `frames` frames, or a little less: resampling may add a sample."""
-    t = np.arange(round((frames - 0.1) / FPS * rate)) / rate
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(rate)
-        file.writeframes((8000 * np.sin(2 * np.pi * 440 * t)).astype(np.int16).tobytes())
+    t = np.arange(round((frames - 0.1) / FPS * rate))[:, None] / rate
+    save_sound(path, 8000 * np.sin(2 * np.pi * 440 * t), rate)
 
 
 @pytest.fixture(scope="session")
@@ -137,14 +141,34 @@ def read(path):
 # --- from a portrait and a voice to a video -----------------------------------------------
 
 
-def test_two_clips(here, capsys):
-    run("--output_dir", "new/outputs", "--rel_l1_thresh", 9)
+@pytest.mark.parametrize(
+    "flags, computed, says",
+    [
+        ("", 4, "(computed_steps 4, corrected), seed 42"),  # the constant
+        ("--rel_l1_thresh 9", 2, "(rel_l1_thresh 9.0, corrected), seed 42"),
+        ("--rel_l1_thresh 0", 6, "(rel_l1_thresh 0.0), seed 42"),
+        ("--computed_steps 0,2,5 --seed 7", 3, "(computed_steps 0,2,5, corrected), seed 7"),
+    ],
+)
+def test_two_clips(here, capsys, monkeypatch, flags, computed, says):
+    """The video of two clips. What is said was computed."""
+    load, calls = teacache_memo.load_pipeline, []
+
+    def load_pipeline(*args, **more):
+        pipeline, audio_proj = load(*args, **more)
+        pipeline.diffusion_net.mid_block.register_forward_hook(lambda *_: calls.append(1))
+        return pipeline, audio_proj
+
+    monkeypatch.setattr(teacache_memo, "load_pipeline", load_pipeline)
+    monkeypatch.setattr(teacache_memo, "COMPUTED_STEPS", 4)
+    run("--output_dir", "new/outputs", *flags.split())
     frames, fps, sound = read("new/outputs/face_speech.mp4")
     assert frames.shape == (2 * FRAMES, 16, 16, 3) and fps == FPS and sound == "aac"
+    assert os.listdir("new/outputs") == ["face_speech.mp4"] and len(calls) == 2 * computed
     out, err = capsys.readouterr()
-    closing = r"saved new/outputs/face_speech.mp4: [\d.]+ s, 4 of 12 steps computed \(rel_l1_thresh 9.0, corrected\), seed 42\n"
-    assert re.fullmatch(closing, out) and os.listdir("new/outputs") == ["face_speech.mp4"]
-    lines = [f"clip {clip} of 2: 2 of 6 steps computed" for clip in (1, 2)]
+    closing = rf"saved new/outputs/face_speech.mp4: [\d.]+ s, {2 * computed} of 12 steps computed {re.escape(says)}\n"
+    assert re.fullmatch(closing, out)
+    lines = [f"clip {clip} of 2: {computed} of 6 steps computed" for clip in (1, 2)]
     assert err.splitlines() == lines, "on no terminal, a line a clip"
 
 
@@ -162,26 +186,6 @@ def test_names_of_videos(tmp_path, name, stem):
     assert teacache_memo.output_path(tmp_path, f"{name}.png", f"{name}.wav").name == f"{stem}_{stem}.mp4"
 
 
-@pytest.mark.parametrize(
-    "flags, computed, says",
-    [((), 8, "computed_steps 4"), (("--computed_steps", "0,2,5", "--seed", 7), 6, "computed_steps 0,2,5")],
-)
-def test_what_is_said_was_computed(here, capsys, monkeypatch, flags, computed, says):
-    """Without flags: the constant."""
-    load, calls = teacache_memo.load_pipeline, []
-
-    def load_pipeline(*args, **more):
-        pipeline, audio_proj = load(*args, **more)
-        pipeline.diffusion_net.mid_block.register_forward_hook(lambda *_: calls.append(1))
-        return pipeline, audio_proj
-
-    monkeypatch.setattr(teacache_memo, "load_pipeline", load_pipeline)
-    monkeypatch.setattr(teacache_memo, "COMPUTED_STEPS", 4)
-    run(*flags)
-    assert len(calls) == computed
-    assert f"{computed} of 12 steps computed ({says}, corrected), seed {7 if flags else 42}" in capsys.readouterr().out
-
-
 def call(**given):
     """Arguments of memo's pipeline for a short clip."""
     generator = torch.Generator().manual_seed(0)
@@ -193,9 +197,10 @@ def call(**given):
 
 
 def memos_inference(settings, seed):
-    """memo's inference.py written a second time: two clips, chained by their past frames."""
+    """memo's inference.py written a second time: two clips, chained by their past frames. Stock at threshold 0."""
     pipeline, audio_proj = tiny_pipeline()
-    teacache_memo.apply_teacache(pipeline, **settings)
+    if settings != {"rel_l1_thresh": 0}:
+        teacache_memo.apply_teacache(pipeline, **settings)
     pixels, face = sys.modules["memo.utils.vision_utils"].preprocess_image("", "face.png", 16)
     clips, given = [], {"face_emb": face, "generator": torch.Generator().manual_seed(seed)}
     audio = torch.randn(32, 5, 2, 8, generator=torch.Generator().manual_seed(32))
@@ -225,18 +230,18 @@ def test_what_memos_functions_are_given(here, models, monkeypatch):
     """The files, folders and models of the config; the network in its precision."""
     given = {}
 
-    def record(module, *names):
-        for name in names:
-            function, signature = getattr(module, name), inspect.signature(getattr(module, name))
+    def record(module, name):
+        function = getattr(module, name)
 
-            def recorded(*args, name=name, function=function, signature=signature, **kwargs):
-                given.update(signature.bind(*args, **kwargs).arguments)
-                return function(*args, **kwargs)
+        def recorded(*args, **kwargs):
+            given.update(inspect.signature(function).bind(*args, **kwargs).arguments)
+            return function(*args, **kwargs)
 
-            monkeypatch.setattr(module, name, recorded)
+        monkeypatch.setattr(module, name, recorded)
 
     record(sys.modules["memo.utils.vision_utils"], "preprocess_image")
-    record(sys.modules["memo.utils.audio_utils"], "preprocess_audio", "extract_audio_emotion_labels")
+    record(sys.modules["memo.utils.audio_utils"], "preprocess_audio")
+    record(sys.modules["memo.utils.audio_utils"], "extract_audio_emotion_labels")
     config = {**CONFIG, **models, "weight_dtype": "bf16", "enable_xformers_memory_efficient_attention": False}
     OmegaConf.save(OmegaConf.create(config), "config.yaml")
     monkeypatch.setattr(teacache_memo, "load_pipeline", lambda *args, **more: given.update(args=args, **more) or (0, 0))
@@ -335,9 +340,8 @@ def test_xformers_leaves_no_trace(monkeypatch, tmp_path, capfd, xformers):
     """A stand-in while memo is imported, where it is not loaded, and only then; one for another torch says nothing."""
     for name in [name for name in sys.modules if name.split(".")[0] in ("memo", "xformers")]:
         monkeypatch.delitem(sys.modules, name)
-    mine = (
-        {"xformers": ModuleType("xformers"), "xformers.ops": ModuleType("xformers.ops")} if xformers == "loaded" else {}
-    )
+    names = ("xformers", "xformers.ops") if xformers == "loaded" else ()
+    mine = {name: ModuleType(name) for name in names}
     for name, module in mine.items():
         monkeypatch.setitem(sys.modules, name, module)
     if xformers == "broken":
@@ -364,26 +368,21 @@ def test_xformers_leaves_no_trace(monkeypatch, tmp_path, capfd, xformers):
         (["--input_image", "x" * 300], "xxx"),
         (["--config", "none.yaml"], "none.yaml"),
         (["--config", "face.png"], "face.png is no config for MEMO"),
-        (["--config", "zero.yaml"], "zero.yaml: inference_steps must be at least 1, not 0"),
-        (["--rel_l1_thresh", "-1"], "rel_l1_thresh"),
         (["--rel_l1_thresh", "nan"], "rel_l1_thresh"),
-        (["--computed_steps", "1"], "computed_steps must be a whole number from 2 to 6"),
         (["--computed_steps", "7"], "computed_steps must be a whole number from 2 to 6"),
         (["--computed_steps", "0,3"], "computed_steps is a list for 4 steps, not for 6"),
         (["--computed_steps", "0,x"], "--computed_steps"),
         (["--computed_steps", "3", "--rel_l1_thresh", "0.1"], "not both"),
         (["--output_dir", "face.png"], "face.png"),
         (["--output_dir", "/proc"], "/proc"),
-        (["--tolerance", "0.1"], "--tolerance"),
         (["--emotion", "glad"], "argument --emotion: invalid choice: 'glad'"),
     ],
 )
 def test_bad_arguments(here, capfd, arguments, says):
-    OmegaConf.save(OmegaConf.create({**OmegaConf.load("config.yaml"), "inference_steps": 0}), "zero.yaml")
     assert says in refused(capfd, *arguments)
 
 
-@pytest.mark.parametrize("text", ["", "fps: 30", "a: [", "- 1", "inference_steps: many"])
+@pytest.mark.parametrize("text", ["", "a: [", "- 1"])
 def test_a_config_that_is_none(here, capfd, text):
     Path("bad.yaml").write_text(text)
     assert refused(capfd, "--config", "bad.yaml")
@@ -438,26 +437,15 @@ def test_models_that_cannot_be_loaded(here):
     assert not os.listdir("outputs")
 
 
-@pytest.mark.parametrize(
-    "flag, name, content, says",
-    [
-        ("--input_image", "a.png", b"", "a.png is not a picture that can be read"),
-        ("--input_image", "speech.wav", None, "speech.wav is not a picture that can be read"),
-        ("--input_audio", "a.wav", b"", "no sound in a.wav: "),
-        ("--input_audio", "a.mp3", b"not a sound", "no sound in a.mp3: "),
-        ("--input_audio", "face.png", None, "no sound in face.png: "),
-        ("--input_audio", "12:30.mp3", b"", "no sound in 12:30.mp3: "),
-        ("--input_audio", "mute.mp4", None, "no sound in mute.mp4: "),
-        ("--input_image", "mute.mp4", None, "mute.mp4 is not a picture that can be read"),
-    ],
-)
-def test_files_that_are_something_else(here, capfd, flag, name, content, says):
+@pytest.mark.parametrize("name", ["a.jpg", "12:30.mp3", "mute.mp4"])
+def test_files_that_are_something_else(here, capfd, name):
+    """Empty ones, and a film without sound."""
+    Path(name).touch()
     if name == "mute.mp4":
-        film = "-v error -f lavfi -i color=red:size=32x32:duration=1 mute.mp4"
+        film = "-v error -y -f lavfi -i color=red:size=32x32:duration=1 mute.mp4"
         subprocess.run([FFMPEG, *film.split()], check=True)
-    elif content is not None:
-        Path(name).write_bytes(content)
-    assert says in refused(capfd, flag, name)
+    assert f"{name} is not a picture that can be read" in refused(capfd, "--input_image", name)
+    assert f"no sound in {name}: " in refused(capfd, "--input_audio", name)
 
 
 def test_a_missing_file_is_named_as_typed(here, capfd):
@@ -471,19 +459,17 @@ def test_a_missing_file_is_named_as_typed(here, capfd):
     "key, value, says",
     [
         ("cfg_scale", 1, "cfg_scale must be above 1, as memo needs guidance, not 1"),
-        ("cfg_scale", "high", "Value 'high' of type 'str' could not be converted to Float full_key: cfg_scale"),
         ("weight_dtype", "float16", "weight_dtype must be fp32, fp16 or bf16, not float16"),
         ("num_generated_frames_per_clip", 8, "num_generated_frames_per_clip must be 16"),
         ("resolution", 500, "resolution must be a multiple of 8, not 500"),
         ("resolution", 0, "resolution must be a multiple of 8, not 0"),
-        ("fps", 29.97, "Value '29.97' of type 'float' could not be converted to Integer full_key: fps"),
-        ("fps", 0, "fps must be at least 1, not 0"),
-        ("wav2vec", None, "Missing mandatory value: wav2vec"),
+        ("fps", 29.97, "fps"),
+        ("inference_steps", 0, "inference_steps must be at least 1, not 0"),
+        ("wav2vec", "???", "wav2vec"),
     ],
 )
 def test_a_config_that_cannot_work(here, capfd, key, value, says):
-    config = {**OmegaConf.load("config.yaml"), key: "???" if value is None else value}
-    OmegaConf.save(OmegaConf.create(config), "mine.yaml")
+    OmegaConf.save(OmegaConf.create({**OmegaConf.load("config.yaml"), key: value}), "mine.yaml")
     assert says in (line := refused(capfd, "--config", "mine.yaml")) and "mine.yaml" in line
 
 

@@ -52,15 +52,11 @@ def test_compare(here, capsys, monkeypatch):  # noqa: F811
 
 
 def test_the_settings_of_the_panels():
-    assert compare_memo.list_settings(None, None, STEPS) == [
-        *({"rel_l1_thresh": threshold} for threshold in (0.0, 0.09, 0.15, 0.25)),
-        {"computed_steps": STEPS // 2},
-    ]
-    assert compare_memo.list_settings([], [4, 2], STEPS) == [
-        {"rel_l1_thresh": 0.0},
-        {"computed_steps": 4},
-        {"computed_steps": 2},
-    ]
+    *thresholds, half = compare_memo.list_settings(None, None, STEPS)
+    assert thresholds == [{"rel_l1_thresh": threshold} for threshold in (0.0, 0.09, 0.15, 0.25)]
+    assert half == {"computed_steps": STEPS // 2}
+    original, *budgets = compare_memo.list_settings([], [4, 2], STEPS)
+    assert original == {"rel_l1_thresh": 0.0} and budgets == [{"computed_steps": 4}, {"computed_steps": 2}]
 
 
 QUICK = "--rel_l1_thresh", "--computed_steps", 2  # no threshold: the original and two steps
@@ -78,15 +74,21 @@ def test_compare_twice(here, quick):  # noqa: F811
 
 def test_what_was_measured_is_kept(here, quick, capsys, monkeypatch):  # noqa: F811
     """Where the disk is full when the video is written; and where Ctrl-C ends it after the original."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="error: .*No space left"):
-        patch.setattr(teacache_memo, "write_video", raising(OSError(28, "No space left on device")))
+        patch.setattr(teacache_memo, "write_video", full)
         run(*QUICK, "--output_dir", "o")
     assert len(json.loads(Path("o/face_speech_compare.json").read_text())["runs"]) == 2
     generate_all, calls = compare_memo.generate_all, []
 
     def interrupted(*args, **more):
         calls.append(more)
-        return generate_all(*args, **more) if len(calls) < 3 else raising(KeyboardInterrupt)()
+        if len(calls) > 2:
+            raise KeyboardInterrupt
+        return generate_all(*args, **more)
 
     monkeypatch.setattr(compare_memo, "generate_all", interrupted)
     run(*QUICK)
@@ -96,13 +98,6 @@ def test_what_was_measured_is_kept(here, quick, capsys, monkeypatch):  # noqa: F
     calls[:] = [0] * 3
     with pytest.raises(SystemExit, match="^interrupted$"):
         run(*QUICK)
-
-
-def raising(error):
-    def function(*_, **__):
-        raise error
-
-    return function
 
 
 def test_the_median_of_several_runs(monkeypatch):
@@ -130,14 +125,7 @@ def test_each_panel_is_checked(here, capfd, flags):  # noqa: F811
 
 def test_panels_show_the_videos():
     videos = [np.full((2, 8, 10, 3), value, np.uint8) for value in (10, 200)]
-    entry = {
-        "rel_l1_thresh": 0.15,
-        "seconds": 1.0,
-        "speedup": 2.0,
-        "computed": 2,
-        "steps": 4,
-        "psnr": 30.0,
-    }
+    entry = {"rel_l1_thresh": 0.15, "seconds": 1.0, "speedup": 2.0, "computed": 2, "steps": 4, "psnr": 30.0}
     pages = list(compare_memo.panels(videos, [entry, entry]))
     assert len(pages) == 2 and pages[1].dtype == np.uint8
     for page in pages:

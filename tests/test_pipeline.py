@@ -1,5 +1,6 @@
 """The bundled pipeline: its modes with TeaCache, and that it is what it says."""
 
+import contextlib
 import gc
 import json
 import re
@@ -23,8 +24,7 @@ WAYS = [dict(rel_l1_thresh=0.3, coefficients=[1.0, 0.0]), dict(computed_steps=3)
     "kwargs",
     [
         dict(prompt="red apple", guidance_scale=1.0),
-        dict(prompt="red apple", cfg_normalization=False),
-        dict(prompt="red apple", negative_prompt="green apple", cfg_trunc_ratio=0.5),
+        dict(prompt="red apple", negative_prompt="green apple", cfg_trunc_ratio=0.5, cfg_normalization=False),
         dict(prompt=["red apple", "smiling face with sunglasses"]),
         dict(prompt="fox", height=64, width=96, num_images_per_prompt=2),
     ],
@@ -38,20 +38,25 @@ def test_modes(pipeline, kwargs):
         generator = torch.Generator().manual_seed(seed)
         return pipeline(**kwargs, num_inference_steps=steps, generator=generator, output_type="latent").images
 
-    try:
-        stock = draw()
-        apply_teacache(pipeline, rel_l1_thresh=0)
-        assert torch.equal(draw(), stock)
-        for way in WAYS:
-            apply_teacache(pipeline, **way)
-            first, schedule = draw(), model.teacache.schedule
-            assert len(schedule) == steps and schedule[0] and schedule[-1] and False in schedule
-            assert sum(schedule) == way.get("computed_steps", sum(schedule))
-            assert not torch.equal(first, stock) and kept(model) == []
-            draw(seed=1)
-            assert torch.equal(draw(), first)
-    finally:
-        remove_teacache(pipeline)
+    stock = draw()
+    apply_teacache(pipeline, rel_l1_thresh=0)
+    assert torch.equal(draw(), stock)
+    for way in WAYS:
+        apply_teacache(pipeline, **way)
+        first, schedule = draw(), model.teacache.schedule
+        assert len(schedule) == steps and schedule[0] and schedule[-1] and False in schedule
+        assert sum(schedule) == way.get("computed_steps", sum(schedule))
+        assert not torch.equal(first, stock) and kept(model) == []
+        draw(seed=1)
+        assert torch.equal(draw(), first)
+
+
+@pytest.fixture(autouse=True)
+def given_back(request):
+    """The pipeline is shared by all tests."""
+    yield
+    if "pipeline" in request.fixturenames:
+        remove_teacache(request.getfixturevalue("pipeline"))
 
 
 def draw(pipeline, **kwargs):
@@ -64,28 +69,19 @@ def applied(pipeline):
     """What the plain pipeline draws, and what it draws with TeaCache, which is on."""
     stock = draw(pipeline)
     apply_teacache(pipeline, computed_steps=3)
-    yield stock, draw(pipeline)
-    remove_teacache(pipeline)
+    return stock, draw(pipeline)
 
 
-REMADE = {
-    "from_pipe": lambda pipeline: Lumina2Pipeline.from_pipe(pipeline),
-    "components": lambda pipeline: Lumina2Pipeline(**pipeline.components),
-}
+def from_components(pipeline):
+    return Lumina2Pipeline(**pipeline.components)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        "from_pipe",
-        "components",
-    ],
-)
-def test_a_pipeline_made_anew_from_itself(pipeline, applied, how):
+@pytest.mark.parametrize("remake", [Lumina2Pipeline.from_pipe, from_components], ids=["from_pipe", "components"])
+def test_a_pipeline_made_anew_from_itself(pipeline, applied, remake):
     """The first one is collected; network and scheduler know each other."""
-    first = REMADE[how](pipeline)
+    first = remake(pipeline)
     apply_teacache(first, computed_steps=3)
-    second = REMADE[how](first)
+    second = remake(first)
     del first
     gc.collect()
     second.set_progress_bar_config(disable=True)
@@ -95,10 +91,10 @@ def test_a_pipeline_made_anew_from_itself(pipeline, applied, how):
     assert torch.equal(draw(second), applied[0])
 
 
-@pytest.mark.parametrize("how", ["applied", "components"])
-def test_a_pipeline_saved_while_applied_is_a_stock_one(pipeline, applied, how, tmp_path):
+@pytest.mark.parametrize("remake", [lambda pipeline: pipeline, from_components], ids=["applied", "components"])
+def test_a_pipeline_saved_while_applied_is_a_stock_one(pipeline, applied, remake, tmp_path):
     """As the scheduler's class is not ours to name."""
-    (pipeline if how == "applied" else Lumina2Pipeline(**pipeline.components)).save_pretrained(tmp_path)
+    remake(pipeline).save_pretrained(tmp_path)
     index = json.loads(read(tmp_path, "model_index.json"))
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     assert "teacache" not in read(tmp_path, "scheduler", "scheduler_config.json").lower()
@@ -111,29 +107,28 @@ def test_a_pipeline_saved_while_applied_is_a_stock_one(pipeline, applied, how, t
 def test_another_cache_on_an_applied_pipeline(pipeline, way):
     """Both, or one line that says what to do; and each is as before when the other has gone."""
     cache_dit = pytest.importorskip("cache_dit")
-    apply_teacache(pipeline, **way)
-    try:
-        expected = draw(pipeline)
+
+    @contextlib.contextmanager
+    def another_cache():
         cache_dit.enable_cache(pipeline)
         try:
-            if "computed_steps" in way:
-                assert draw(pipeline).isfinite().all() and sum(pipeline.transformer.teacache.schedule) == 3
-            else:
-                with pytest.raises(ValueError, match="use computed_steps, or remove the other cache") as error:
-                    draw(pipeline)
-                assert "\n" not in str(error.value)
+            yield
         finally:
             cache_dit.disable_cache(pipeline)
-        assert torch.equal(draw(pipeline), expected)
-    finally:
-        remove_teacache(pipeline)
+
+    apply_teacache(pipeline, **way)
+    expected = draw(pipeline)
+    with another_cache():
+        if "computed_steps" in way:
+            assert draw(pipeline).isfinite().all() and sum(pipeline.transformer.teacache.schedule) == 3
+        else:
+            with pytest.raises(ValueError, match="use computed_steps, or remove the other cache"):
+                draw(pipeline)
+    assert torch.equal(draw(pipeline), expected)
+    remove_teacache(pipeline)
     stock = draw(pipeline)
-    cache_dit.enable_cache(pipeline)
-    try:
-        with pytest.raises(ValueError, match="is not diffusers's: apply TeaCache before others"):
-            apply_teacache(pipeline, **way)
-    finally:
-        cache_dit.disable_cache(pipeline)
+    with another_cache(), pytest.raises(ValueError, match="is not diffusers's: apply TeaCache before others"):
+        apply_teacache(pipeline, **way)
     assert torch.equal(draw(pipeline), stock)
 
 
@@ -171,10 +166,7 @@ COLOURS = {"red circle": (210, 60, 60), "green circle": (70, 190, 110), "blue ci
 def test_it_draws_what_it_is_told(pipeline, way):
     """The middle of the picture has the colour of the prompt, the corners are white; with TeaCache too."""
     apply_teacache(pipeline.transformer, 8, **way)
-    try:
-        images = pipeline(list(COLOURS), num_inference_steps=8, generator=torch.Generator().manual_seed(0)).images
-    finally:
-        remove_teacache(pipeline.transformer)
+    images = pipeline(list(COLOURS), num_inference_steps=8, generator=torch.Generator().manual_seed(0)).images
     for prompt, image in zip(COLOURS, images):
         image = np.asarray(image).astype(float)
         middle = image[48:80, 48:80].mean(axis=(0, 1))

@@ -99,9 +99,8 @@ def test_python_snippets_of_lumina(pipeline, monkeypatch, capsys):
         assert repr(pipeline.transformer.teacache) == "2 of 4 steps computed: X..X", way
         scope["remove_teacache"](pipeline)
     for name in ("forward", "enable_teacache", "cnt", "num_steps", "rel_l1_thresh"):
-        monkeypatch.setattr(
-            Lumina2Transformer2DModel, name, getattr(Lumina2Transformer2DModel, name, None), raising=False
-        )
+        stock = getattr(Lumina2Transformer2DModel, name, None)
+        monkeypatch.setattr(Lumina2Transformer2DModel, name, stock, raising=False)
     scope = {"pipeline": pipeline, "num_inference_steps": 4, "Lumina2Transformer2DModel": Lumina2Transformer2DModel}
     exec(of_class, scope)
     pipeline("red apple", num_inference_steps=4, output_type="latent")
@@ -120,10 +119,8 @@ def test_flags_are_all_in_the_table(capsys):
     with pytest.raises(SystemExit):
         teacache_lumina2.main(["--help"])
     flags = set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out)) - {"--help"}
-    rows = {
-        flag for line in LUMINA.splitlines() if line.startswith("| `--") for flag in re.findall(r"`(--[\w-]+)", line)
-    }
-    assert flags == rows and len(flags) <= 16
+    rows = "\n".join(re.findall(r"^\| `--.*$", LUMINA, re.M))
+    assert flags == set(re.findall(r"`(--[\w-]+)", rows)) and len(flags) <= 16
 
 
 def anchors(text):
