@@ -440,7 +440,7 @@ class TeaCacheState:
         self.step, self.before = Step(), Step()  # the running step, and the one before it
         self.call = None  # the running call
         self.is_on = False  # whether it may be skipped, and leaves what later ones reuse
-        self.rivals = []  # latents of images that were not ready when this one began
+        self.rivals = []  # latents of other images that are not ready
         self.previous_modulated_input = None  # with a threshold: of the first call of the step before
         self.accumulated_rel_l1_distance = 0.0  # since the last computed step
         self.corrector = Corrector()
@@ -502,8 +502,10 @@ class TeaCacheState:
         return len(distances) == 1 or (distances[0] < 0.5 * distances[1]).item()
 
     def end_calls(self, latents):
-        """The scheduler's step is made on these latents: calls on others were not of this step."""
-        self.step.calls = [call for call in self.step.calls if call.is_of(latents)]
+        """The scheduler's step is made on these latents: calls on others, of one tensor, were of other images."""
+        calls = [call for call in self.step.calls if call.is_of(latents)]
+        self.rivals += [call.latents for call in self.step.calls if call not in calls]
+        self.step.calls = calls
         self.choose_steps()
 
     def end_step(self, latents, returned):
@@ -566,9 +568,8 @@ class TeaCacheState:
             return None
         if step.is_computed is None:
             step.is_computed = self.decide(modulated_input)
-        should_calc = self.call.is_computed = (
-            step.is_computed or self.call.is_empty or not self.is_on
-        )  # whatever was decided
+        has_nothing = self.call.is_empty or not self.is_on  # to reuse, whatever was decided
+        should_calc = self.call.is_computed = step.is_computed or has_nothing
         self.schedule[-1] |= should_calc
         return should_calc
 

@@ -1,5 +1,6 @@
 """The correction of skipped steps, through the pipeline; its formula is in test_budget.py."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -116,3 +117,41 @@ def test_what_the_scheduler_returns(loop):
         assert type(output).__name__ == "FlowMatchEulerDiscreteSchedulerOutput"
         latents = output.prev_sample
     assert torch.equal(latents, expected[0])
+
+
+WAYS = {
+    "another scale": lambda i, one, two, weak: two() + (4 if 3 <= i < 7 else 1) * (one - two()),
+    "a first velocity of zero": lambda i, one, two, weak: (i > 0) * (two() + 4 * (one - two())),
+    "another network in some steps": lambda i, one, two, weak: 3 * one - 2 * weak() if i < 4 else one,
+    "another network, then not": lambda i, one, two, weak: 3 * one - 2 * weak() if i % 2 else one,
+    "renormalised": lambda i, one, two, weak: (two() + 4 * (one - two())) * (one.norm(dim=-1, keepdim=True) / 3),
+}
+
+
+@pytest.mark.parametrize(
+    "way", [{"rel_l1_thresh": 0.15, "coefficients": [1.0, 0.0]}, {"computed_steps": [0, 3, 8, 9]}]
+)
+@pytest.mark.parametrize("made", WAYS)
+@torch.no_grad()
+def test_a_velocity_that_is_made_in_another_way(loop, monkeypatch, made, way):
+    """From some step on: what was skipped before it is not corrected by it, and the image is not farther than without."""
+    other, weak = loop.machine.job(1, guided=False), loop.machine.model(1)
+
+    def draw(script=None):
+        if script:
+            script.apply_teacache(loop, **way)
+        set_timesteps(loop.scheduler, 10)
+        latents = loop.latents(0)
+        for i, t in enumerate(loop.scheduler.timesteps):
+            one, two = loop.call(latents, t), functools.cache(functools.partial(loop.call, latents, t, other))
+            velocity = WAYS[made](i, one, two, functools.partial(loop.call, latents, t, model=weak))
+            latents = loop.scheduler.step(velocity, t, latents, return_dict=False)[0]
+        return latents
+
+    stock, script, errors = draw(), loop.machine.script, []
+    for is_corrected in (True, False):
+        monkeypatch.setattr(script, "CORRECT", is_corrected)
+        errors.append((draw(script) - stock).norm().item())
+    assert errors[0] <= 1.1 * errors[1] and False in loop.schedule
+    if made == "renormalised":
+        assert errors[0] < 0.9 * errors[1]

@@ -84,13 +84,26 @@ def test_lora_scale(model, scale, way):
 
 
 def test_lora_scale_that_changes(model):
-    """As a prompt does: in both directions, also to a scale of one."""
+    """As a prompt does: in both directions, also to a scale of one, and of the adapters themselves."""
     peft = pytest.importorskip("peft")
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    apply_teacache(model, 9, computed_steps=2)
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False), "style")
+    apply_teacache(model, 11, computed_steps=2)
+    scales = iter([1.0, 1.0, 0.4, 0.4, 1.0, None, None, None, None, None])
+    changes = {6: lambda: model.set_adapters("style", 0.5), 8: lambda: model.disable_lora()}
     with torch.no_grad():
-        for i, scale in enumerate((1.0, 1.0, 0.4, 0.4, 1.0, None)):
-            once(model, t=0.1 * i, attention_kwargs={"scale": scale} if scale else None)
+        for i, scale in enumerate(scales):
+            changes.get(i, lambda: None)()
+            once(model, t=0.09 * i, attention_kwargs={"scale": scale} if scale else None)
+    assert repr(model.teacache).endswith("X.X.X.X.X.")
+
+
+def test_samples_at_times_of_their_own(model):
+    """Computed where a sample falls behind; one time for all of them, written out, is as good as expanded."""
+    apply_teacache(model, 7, computed_steps=2)
+    noise, (embeds, mask) = randn((2, CHANNELS, 4, 4), 0), conditioning([5, 5])
+    with torch.no_grad():
+        for first, second in ((0, 0), (1, 1), (2, 1), (3, 2), (4, 4), (5, 5)):
+            model(noise, torch.tensor([first, second]) / 8, embeds, mask)
     assert repr(model.teacache).endswith("X.X.X.")
 
 

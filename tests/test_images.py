@@ -1,5 +1,7 @@
 """Several images on one network, and calls that are easily taken for another's: each is as drawn alone, or computed."""
 
+import abc
+
 import pytest
 import torch
 from conftest import equal
@@ -57,6 +59,44 @@ def test_images_in_turns(loop, calls_first, with_scheduler):
 
 
 @torch.no_grad()
+def test_images_that_are_a_step_ahead_of_each_other(loop):
+    """Three that are near to each other, the last one first."""
+
+    def draw():
+        images = [loop.latents(0) + 0.01 * loop.latents(k) for k in range(3)]
+        set_timesteps(loop.scheduler, 8)
+        for step in range(10):
+            for k in (2, 1, 0):
+                if 0 <= (i := step - k) < 8:
+                    loop.scheduler._step_index, t = i, loop.scheduler.timesteps[i]
+                    images[k] = loop.scheduler.step(loop.call(images[k], t), t, images[k], return_dict=False)[0]
+        return images
+
+    stock = draw()
+    loop.apply(**BUDGET)
+    assert equal(draw(), stock)
+
+
+@torch.no_grad()
+def test_views_of_one_tensor_that_are_stepped_one_by_one(loop):
+    """All calls first, then the steps, the last image first: its calls are not those of the first image."""
+
+    def draw():
+        images = list(torch.cat(near(loop)).split(1))
+        set_timesteps(loop.scheduler, 8)
+        for i, t in enumerate(loop.scheduler.timesteps):
+            velocities = [loop.call(latents, t) for latents in images]
+            for k in (1, 0):
+                loop.scheduler._step_index = i
+                images[k] = loop.scheduler.step(velocities[k], t, images[k], return_dict=False)[0]
+        return images
+
+    stock = draw()
+    loop.apply(**BUDGET)
+    assert equal(draw(), stock)
+
+
+@torch.no_grad()
 def test_another_view_of_the_same_noise(loop):
     """Timesteps set once; an image that was stopped in its first step leaves nothing to the next one."""
     loop.apply(**BUDGET)
@@ -73,10 +113,11 @@ def test_another_view_of_the_same_noise(loop):
     assert equal(*found)
 
 
+@pytest.mark.parametrize("failing, ran_then", [(2, 4), (1, 3)])
 @torch.no_grad()
-def test_the_third_call_fails(loop):
-    """Of the same prompt as the first, as in skip-layer guidance. Which of the two is repeated is not known: all calls of the
-    next step are computed.
+def test_a_call_fails_of_three(loop, failing, ran_then):
+    """The third has the prompt of the first, as in skip-layer guidance. Whether the first or the third is called after a
+    failure, of the third, or of the second, which is left out, is not known: all calls of the next step are computed.
     """
     loop.apply(**BUDGET)
     set_timesteps(loop.scheduler, 8)
@@ -84,16 +125,18 @@ def test_the_third_call_fails(loop):
     calls, ran = loop.machine.block_calls(loop.model), []
     for i, t in enumerate(loop.scheduler.timesteps):
         for k, job in enumerate(jobs):
-            if (i, k) == (4, 2):
+            if (i, k) == (4, failing):
                 hook = loop.machine.last(loop.model).register_forward_pre_hook(lambda *_: 1 / 0)
                 with pytest.raises(ZeroDivisionError):
                     loop.call(latents, t, job)
                 hook.remove()
+                if k == 1:
+                    continue
             velocity = loop.call(latents, t, job)
         latents = loop.scheduler.step(velocity, t, latents, return_dict=False)[0]
         ran.append(len(calls))
         calls.clear()
-    assert loop.schedule == [i in (0, 4, 5, 7) for i in range(8)] and ran == [3, 0, 0, 0, 4, 3, 0, 3]
+    assert loop.schedule == [i in (0, 4, 5, 7) for i in range(8)] and ran == [3, 0, 0, 0, ran_then, 3, 0, 3]
 
 
 @torch.no_grad()
@@ -112,17 +155,50 @@ def test_after_a_stop_in_the_first_step(loop):
     assert equal(*found) and found[0][1] == [i in (0, 4, 7) for i in range(8)]
 
 
-class Noisy(FlowMatchEulerDiscreteScheduler):
+@torch.no_grad()
+def test_switched_off_between_two_calls(loop):
+    loop.apply(**BUDGET)
+    set_timesteps(loop.scheduler, 8)
+    calls, latents = loop.machine.block_calls(loop.model), loop.latents(0)
+    for t in loop.scheduler.timesteps[:2]:
+        for job in (loop.job, loop.machine.job(1, guided=False)):
+            velocity = loop.call(latents, t, job)
+            loop.model.enable_teacache = len(loop.schedule) == 1
+        latents = loop.scheduler.step(velocity, t, latents, return_dict=False)[0]
+    assert len(calls) == 3 and loop.schedule == [True, True]
+
+
+class Noisy(FlowMatchEulerDiscreteScheduler, metaclass=abc.ABCMeta):
+    """Its noise is given to its step, or is from a generator of its own."""
+
+    generator = None
+
     def step(self, model_output, timestep, sample, noise=None, **kwargs):
+        if noise is None:
+            noise = torch.randn(sample.shape, generator=self.generator)
         return (super().step(model_output, timestep, sample, **kwargs)[0] + 0.1 * noise,)
 
 
+@pytest.mark.parametrize("is_given", [True, False])
 @torch.no_grad()
-def test_noise_that_is_given_to_the_scheduler(machine, told):
+def test_noise_of_a_scheduler_of_ones_own(machine, told, is_given):
     loop = Loop(machine, Noisy(shift=2.0))
+    loop.scheduler.generator = torch.Generator()
     loop.apply(**BUDGET)
     set_timesteps(loop.scheduler, 8)
     latents = loop.latents(0)
     for i, t in enumerate(loop.scheduler.timesteps):
-        latents = loop.scheduler.step(loop.call(latents, t), t, latents, noise=loop.latents(i), return_dict=False)[0]
+        noise = {"noise": loop.latents(i)} if is_given else {}
+        latents = loop.scheduler.step(loop.call(latents, t), t, latents, **noise, return_dict=False)[0]
     assert all(loop.schedule) and told == ["TeaCache: Noisy adds noise in its steps: all steps are computed"]
+    machine.script.remove_teacache(loop)
+    assert type(loop.scheduler) is Noisy
+
+
+def test_noise_that_others_draw(loop, told):
+    """Another thread, say, while the stock scheduler steps: it is not the scheduler's."""
+    loop.apply(**BUDGET)
+    begin = loop.scheduler._init_step_index
+    loop.scheduler._init_step_index = lambda t: (torch.randn(1), begin(t))
+    loop.draw()
+    assert loop.schedule == [i in (0, 4, 7) for i in range(8)] and told == []
