@@ -932,10 +932,10 @@ def apply_teacache(
     coefficients: of the polynomial for rel_l1_thresh, highest power first.
     scheduler: for a network alone, in a loop of your own that calls its set_timesteps and step.
 
-    A network draws one image (or batch) at a time; threads need a network each. Where the prompt, the scale of the LoRA
-    layers or the latents are replaced, the step is computed. Not noticed: weights or prompts that change in place, and
-    calls of the same prompt on the same latents that change their order. After `del pipeline`, `gc.collect()` frees the
-    memory.
+    A network draws one image (or batch) at a time; threads need a network each. Where the prompt, the scale of a LoRA or the
+    latents are replaced, the step is computed. Not noticed: weights or prompts that change in place, and calls of the same
+    prompt on the same latents that change their order; README.md has the full list. After `del pipeline`, `gc.collect()`
+    frees the memory.
     Returns `model`. Raises ValueError for settings or networks that cannot work.
     """
     network, scheduler = find_network(model), scheduler or getattr(model, "scheduler", None)
