@@ -296,25 +296,24 @@ class Corrector:
     """
 
     CLOSE = 0.45  # a parabola needs velocities at least this share of the current gap apart; otherwise a line is used
-    OTHER = 0.03  # share of a velocity that its calls do not explain as before; rounding to bfloat16 makes 0.003
 
     def __init__(self):
         self.computed = []  # (sigma, velocity, number of the step) of the last two computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
-        self.number = self.first_same = 0  # of the running step, and of the first one with velocities like its own
-        self.calls, self.weights = [], None  # of the step before
+        self.kind = None
+        self.number = 0  # of this step
+        self.first_same = 0  # of the first step whose velocity was made as this one, (batch,)
 
-    def correction(self, velocity, sigma, next_sigma, is_computed, calls):
+    def correction(self, velocity, sigma, next_sigma, is_computed, kind, is_same=True):
         """What to add to the latents after this step: the formula above, 0 after a skipped step.
 
-        calls: whose outputs the velocity is made of. Where they are others (guidance ends, say), or it is made in another
-        way (the scale of guidance changes, or another network guides), this begins anew.
+        kind: identifies the calls behind this velocity. is_same: whether it was made of their outputs as in the step before,
+        (batch,). Where they are others (guidance ends, say), or it was made in another way, this begins anew.
         """
+        if self.kind != kind:
+            self.computed, self.skipped, self.kind = [], [], kind
         self.number += 1
-        calls_before, self.calls = self.calls, [call.lineage for call in calls]
-        if self.calls != calls_before:
-            self.computed, self.skipped, self.weights = [], [], None
-        self.first_same = torch.where(self.is_same(velocity, calls), self.first_same, self.number)
+        self.first_same = torch.where(torch.as_tensor(is_same, device=velocity.device), self.first_same, self.number)
         if not is_computed:
             self.skipped.append((sigma, next_sigma, velocity))
             return 0.0
@@ -332,25 +331,35 @@ class Corrector:
         self.computed, self.skipped = [*self.computed[-1:], (sigma, velocity, self.number)], []
         return total
 
-    def is_same(self, velocity, calls):
-        """Whether each velocity of the batch is the same weighted sum of the outputs of its calls as in the step before.
 
-        Pipelines may rescale each row of pixels, so that every row has weights, and only the ratio of them counts.
-        """
-        if any(call.output.shape[1:] != velocity.shape[1:] or len(call.output) % len(velocity) for call in calls):
-            return torch.ones(len(velocity), dtype=torch.bool, device=velocity.device)  # tiles, say: not known
+class Guidance:
+    """How a velocity is made of the outputs of the calls of its step: as a sum, with weights of its own for each row of pixels.
+
+    Pipelines may rescale the rows, so that only the ratio of the weights has to last.
+    """
+
+    OTHER = 0.03  # share of the velocity that the weights may leave over; rounding to bfloat16 leaves 0.003
+
+    def __init__(self):
+        self.weights = None  # of the step before, see least_squares; NaN if it was no such sum
+
+    def is_same(self, velocity, calls):
+        """Whether each velocity of a batch is made as in the step before. False if another network took part, then or now."""
+        shapes = [call.output.shape for call in calls]
+        if not calls or any(shape[1:] != velocity.shape[1:] or shape[0] % len(velocity) for shape in shapes):
+            return True  # not known: of tiles, say
         outputs = torch.cat([call.output for call in calls]).to(velocity)
         outputs = outputs.unflatten(0, (-1, len(velocity))).movedim(0, -2)  # (batch, channels, ..., calls, width)
         rows, weights, before = velocity.unsqueeze(-2), least_squares(outputs, velocity), self.weights
-        is_sum = self.leaves_little(rows - (weights * outputs).sum(-2, keepdim=True), velocity)
-        self.weights = torch.where(is_sum.view(-1, *[1] * velocity.ndim), weights, math.nan)  # NaN is never the same
-        if before is None:
+        is_sum = self.is_little(rows - (weights * outputs).sum(-2, keepdim=True), velocity)
+        self.weights = torch.where(is_sum.view(-1, *[1] * velocity.ndim), weights, math.nan)
+        if before is None or before.shape != weights.shape:
             return torch.zeros_like(is_sum)
         expected = (before * outputs).sum(-2, keepdim=True)
         scale = (rows * expected).sum(-1, keepdim=True) / expected.square().sum(-1, keepdim=True).clamp(min=1e-30)
-        return self.leaves_little(rows - scale * expected, velocity)
+        return self.is_little(rows - scale * expected, velocity)
 
-    def leaves_little(self, rest, velocity):
+    def is_little(self, rest, velocity):
         return size_of(rest) < self.OTHER * size_of(velocity)
 
 
@@ -405,7 +414,7 @@ class TeaCacheState:
         self.rivals = []  # latents of other images that are not ready
         self.previous_modulated_input = None  # with a threshold: of the first call of the step before
         self.accumulated_rel_l1_distance = 0.0  # since the last computed step
-        self.corrector = Corrector()
+        self.corrector, self.guidance = Corrector(), Guidance()
 
     def __repr__(self):
         marks = "".join("X" if computed else "." for computed in self.schedule)
@@ -499,7 +508,8 @@ class TeaCacheState:
     def free(self):
         """Drop all tensors."""
         self.step, self.before = Step(self.step.index, self.step.sigma), Step()
-        self.rivals, self.previous_modulated_input, self.corrector = [], None, Corrector()
+        self.rivals, self.previous_modulated_input = [], None
+        self.corrector, self.guidance = Corrector(), Guidance()
 
     # ---- calls ----
 
@@ -881,8 +891,9 @@ def finish_step(scheduler, cache, model_output, latents, result):
     step, returned = cache.step, result[0]
     cache.end_calls(latents)
     if is_corrected(scheduler):
-        velocity = model_output.to(torch.float32, copy=True)
-        correction = cache.corrector.correction(velocity, step.sigma, cache.next_sigma, step.is_computed, step.calls)
+        velocity, calls = model_output.to(torch.float32, copy=True), [call.lineage for call in step.calls]
+        made = calls, cache.guidance.is_same(velocity, step.calls)
+        correction = cache.corrector.correction(velocity, step.sigma, cache.next_sigma, step.is_computed, *made)
         returned = (returned + correction).to(returned.dtype)
         result = (returned, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=returned)
     cache.end_step(latents, returned)

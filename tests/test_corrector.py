@@ -128,9 +128,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(
-    "way", [{"rel_l1_thresh": 0.15, "coefficients": [1.0, 0.0]}, {"computed_steps": [0, 3, 8, 9]}]
-)
+@pytest.mark.parametrize("way", [{"rel_l1_thresh": 0.15, "coefficients": [1.0, 0.0]}, {"computed_steps": [0, 3, 8, 9]}])
 @pytest.mark.parametrize("made", WAYS)
 @torch.no_grad()
 def test_a_velocity_that_is_made_in_another_way(loop, monkeypatch, made, way):

@@ -156,6 +156,24 @@ def test_after_a_stop_in_the_first_step(loop):
 
 
 @torch.no_grad()
+def test_a_call_fails_and_the_loop_goes_on(loop):
+    """With the velocity of the step before: the next step is computed."""
+    loop.apply(**BUDGET)
+    set_timesteps(loop.scheduler, 8)
+    latents = loop.latents(0)
+    for i, t in enumerate(loop.scheduler.timesteps):
+        if i == 4:
+            hook = loop.machine.last(loop.model).register_forward_pre_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                loop.call(latents, t)
+            hook.remove()
+        else:
+            velocity = loop.call(latents, t)
+        latents = loop.scheduler.step(velocity, t, latents, return_dict=False)[0]
+    assert loop.schedule == [i in (0, 4, 5, 7) for i in range(8)]
+
+
+@torch.no_grad()
 def test_switched_off_between_two_calls(loop):
     loop.apply(**BUDGET)
     set_timesteps(loop.scheduler, 8)
