@@ -146,7 +146,7 @@ def teacache_forward(
     t_emb_list = []
     for t in timesteps:
         if not torch.is_tensor(t):
-            kind = "float" if isinstance(timestep, float) else "int"  # in a list, stock drops the fraction: kept
+            kind = "float" if isinstance(timestep, float) else "int"  # stock drops the fraction in a list: so does this
             bits = 32 if sample.device.type == "mps" else 64
             t = torch.tensor([t], dtype=getattr(torch, f"{kind}{bits}"), device=sample.device)
         elif t.ndim == 0:
@@ -281,7 +281,7 @@ def choose_steps(sigmas, count, decided=1.0):
     length = np.diff(position, append=num_steps)
     errors = np.triu(length * (position - position[:, None]) ** 2)  # [j, m]: of skipping m, if j was computed last
     costs = np.cumsum(errors, axis=1) - errors  # [j, k]: of skipping all steps between j and k
-    costs[:, -1] *= 2  # Corrector undoes only half of what is skipped just before the last step
+    costs[:, -1] *= 2  # Corrector, where it acts, undoes only half of what is skipped just before the last step
     costs = np.rint(100 * costs)  # whole numbers: rounding must not decide between equal sums
     costs[np.tril_indices(num_steps)] = math.inf  # k comes after j
     least, before = costs[0], []  # [k]: least sum if k is computed; the computed step before k
@@ -338,18 +338,19 @@ class Corrector:
     def __init__(self):
         self.computed = []  # (sigma, velocity, number of the step) of the last two computed steps
         self.skipped = []  # (sigma, next sigma, velocity) of the steps skipped since then
-        self.kind = None
+        self.calls = None  # of the step before
         self.number = 0  # of this step
         self.first_same = 0  # of the first step whose velocity was made as this one, (batch,)
 
-    def correction(self, velocity, sigma, next_sigma, is_computed, kind, is_same=True):
+    def correction(self, velocity, sigma, next_sigma, is_computed, calls, is_same=True):
         """What to add to the latents after this step: the formula above, 0 after a skipped step.
 
-        kind: identifies the calls behind this velocity. is_same: whether it was made of their outputs as in the step before,
-        (batch,). Where they are others (guidance ends, say), or it was made in another way, this begins anew.
+        calls: identities of the calls behind this velocity. If they are others (guidance ends, say), this begins anew.
+        is_same: whether the velocity is made of their outputs as in the step before, (batch,). If it is not, nothing is
+        corrected until all points of the curve are from after the change.
         """
-        if self.kind != kind:
-            self.computed, self.skipped, self.kind = [], [], kind
+        if self.calls != calls:
+            self.computed, self.skipped, self.calls = [], [], calls
         self.number += 1
         self.first_same = torch.where(torch.as_tensor(is_same, device=velocity.device), self.first_same, self.number)
         if not is_computed:
@@ -363,7 +364,7 @@ class Corrector:
             points = [*(point for point in earlier if point[0] - last[0] >= far), last, (sigma, velocity, self.number)]
             for s, next_s, used in self.skipped:
                 total = total + (next_s - s) * (interpolate(points, s) - used)
-            total = total * (sigma / (2 * sigma - min(sigma, next_sigma)))
+            total = total * (sigma / (2 * sigma - min(sigma, next_sigma)))  # a scheduler may let sigma rise
             are_same = (self.first_same <= points[0][2]).view(-1, *[1] * (velocity.ndim - 1))
             total = torch.where(are_same, total, 0.0)
         self.computed, self.skipped = [*self.computed[-1:], (sigma, velocity, self.number)], []
@@ -382,7 +383,11 @@ class Guidance:
         self.weights = None  # of the step before, see least_squares; NaN if it was no such sum
 
     def is_same(self, velocity, calls):
-        """Whether each velocity of a batch is made as in the step before. False if another network took part, then or now."""
+        """Whether each velocity of a batch is made as in the step before, (batch,).
+
+        Not if it is no sum of these outputs, then or now, as another network took part. A scale of guidance that drifts,
+        by less than 3 % of the velocity in a step, is not noticed.
+        """
         shapes = [call.output.shape for call in calls]
         if not calls or any(shape[1:] != velocity.shape[1:] or shape[0] % len(velocity) for shape in shapes):
             return True  # not known: of tiles, say
@@ -408,8 +413,8 @@ def least_squares(outputs, velocity):
     """
     columns = torch.cat([outputs, velocity.unsqueeze(-2)], dim=-2)
     products = (outputs.unsqueeze(-2) * columns.unsqueeze(-3)).sum(-1)  # (..., calls, calls + 1)
-    diagonal = products.diagonal(dim1=-2, dim2=-1)
-    diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30  # equal outputs
+    diagonal = products.diagonal(dim1=-2, dim2=-1)  # a view
+    diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30  # outputs may be equal
     for i in range(outputs.shape[-2]):
         pivot = products[..., i : i + 1, :] / products[..., i : i + 1, i : i + 1]
         products = products - products[..., i : i + 1] * pivot
@@ -434,6 +439,9 @@ class TeaCacheState:
     An image is its latents. A call on the latents of the running step is one more call of it. A call on what the
     scheduler has made of them, or on something near that, begins the next step. Any other call begins a new image,
     whose first step is computed. What goes unnoticed is listed in the docstring of apply_teacache.
+
+    In a step, `begin_call` finds or begins it (`begin_step`), and for each of its calls come `open_call`, `should_calc` and
+    `close_call`. Then the scheduler's step comes with `end_calls`, the correction, and `end_step`.
     """
 
     def __init__(self, sigmas=(), plan=None, rel_l1_thresh=0.0, coefficients=None, timesteps=None, count=None):
@@ -476,9 +484,9 @@ class TeaCacheState:
 
     # ---- steps ----
 
-    def begin_step(self, *step):
-        self.choose_steps()
-        self.before, self.step = self.step, Step(*step)
+    def begin_step(self, index, sigma, sigma_given=None, latents=None):
+        self.choose_plan()
+        self.before, self.step = self.step, Step(index, sigma, sigma_given, latents)
         self.before.latents = None  # needed no more
         self.schedule.append(False)
         if self.is_last_step:  # nothing is reused any more
@@ -492,30 +500,32 @@ class TeaCacheState:
     def leads_to(self, latents, sigma):
         """With a scheduler: whether a call is of the next step, on what the scheduler has returned, or near that.
 
-        What was put in its place is compared by value, unless it may be another image, and with the sigma: timesteps may be
-        rounded, to thousandths.
+        Latents that were put in its place, by a callback say, are compared by value, and sigma must be nearest to that of the
+        next step (timesteps may be rounded, to thousandths). Not if other images are not ready: it may be one of them.
         """
-        if self.step.returned is None or self.step.is_returned(latents):
-            return self.step.returned is not None
+        if self.step.returned is None:
+            return False  # the scheduler has not made its step
+        if self.step.is_returned(latents):
+            return True
         is_due = (sigma - self.next_sigma).abs() <= max(0.5 * (self.step.sigma - self.next_sigma), 0.001)
         return not self.rivals and bool(self.step.is_near_returned(latents) & is_due)
 
     def goes_on(self, latents, sigma):
         """Without a scheduler: whether this is the next step. The latents are clearly nearer to this image than to another."""
-        if not self.step.calls:  # of a step after the last one
+        if not self.step.calls:  # after the last step, which keeps nothing, or after a failed call
             return True
         last = self.step.calls[0]
-        if len(self.rivals) > 1 or not last.leads_to(latents, sigma):
+        if len(self.rivals) > 1 or not last.can_lead_to(latents, sigma):
             return False
         distances = [size_of(latents.float() - x.float()).sum() for x in (last.latents, *self.rivals)]
         return len(distances) == 1 or (distances[0] < 0.5 * distances[1]).item()
 
     def end_calls(self, latents):
         """The scheduler's step is made on these latents: calls on others, of one tensor, were of other images."""
-        calls = [call for call in self.step.calls if call.is_of(latents)]
-        self.rivals += [call.latents for call in self.step.calls if call not in calls]
-        self.step.calls = calls
-        self.choose_steps()
+        for call in self.step.calls:
+            call.locate(latents)
+        self.rivals = [*self.rivals, *(call.latents for call in self.step.calls if call.place is None)]
+        self.step.calls = [call for call in self.step.calls if call.place is not None]
 
     def end_step(self, latents, returned):
         """The scheduler's step has made `returned` of the latents."""
@@ -525,7 +535,7 @@ class TeaCacheState:
         if self.is_last_step:
             self.free()
 
-    def choose_steps(self):
+    def choose_plan(self):
         """With a number of computed_steps, once, when the first step has ended."""
         outputs = [call.outputs[-1][1] for call in self.step.calls if call.outputs]
         if self.count is None or not outputs:
@@ -538,7 +548,7 @@ class TeaCacheState:
         """Skip nothing any more, and say why. From here on, the steps are only counted."""
         if is_said:
             logger.warning(f"TeaCache: {why}: all steps are computed")
-        self.halted, self.sigmas = why, ()
+        self.halted, self.sigmas = why, ()  # so that every step is as the last one, which is computed
         if self.step.sigma_given is not None:
             self.step.sigma = self.step.sigma_given.item()
         self.free()
@@ -551,10 +561,10 @@ class TeaCacheState:
 
     # ---- calls ----
 
-    def check_failed(self, latents, conditioning):
-        """A call that has failed left the last one open. If this is another one, its step neither reuses nor leaves anything.
+    def note_failure(self, latents, conditioning):
+        """After a call that has failed, and was left open: its step neither reuses nor leaves anything.
 
-        The same call once more takes its place, unless it may be another call of the step.
+        Unless this is the same call once more, which takes its place, and cannot be another one of the step.
         """
         if self.call is None:
             return
@@ -604,8 +614,9 @@ class TeaCacheState:
         is_alone = self.timesteps is None
         if self.halted is not None or (is_alone and self.is_last_step):
             return
+        output = output.clone()  # the caller may write into it
         if is_alone:
-            call.latents = call.latents.clone()  # the loop may write into them
+            call.latents = call.latents.clone()  # and into them
         else:
             call.output = output
         if not self.is_on:
@@ -614,7 +625,7 @@ class TeaCacheState:
             call.previous_residual = residual
         elif call.is_computed:
             earlier = [(s, v) for s, v in call.outputs if s > call.sigma]  # Heun's scheduler, say, repeats a sigma
-            call.outputs = [*earlier[-2:], (call.sigma, output.clone())]  # the caller may write into its output
+            call.outputs = [*earlier[-2:], (call.sigma, output)]
         self.step.calls.append(call)
 
 
@@ -628,7 +639,8 @@ class Step:
         self.calls = []  # that have ended
         self.is_computed = None  # what was decided in its first call
         self.has_failed = False  # whether a call has, and what came after it may be another one
-        self.returned = None  # by the scheduler, when it has ended the step
+        self.returned, self.returned_version = None, None  # by the scheduler, when it has ended the step
+        self.value, self.length = None, None  # a copy of what it returned, and how far the step has moved each sample
 
     def is_another_call(self, latents):
         """Whether a call is one more of the running step: on its latents, on a part of the same tensor, or on a copy."""
@@ -662,9 +674,10 @@ class Call:
 
     def __init__(self, sigma, latents, conditioning):
         self.sigma, self.latents, self.conditioning = sigma, latents, conditioning
-        self.place, self.is_own = None, True  # in the latents of the step: see is_of
+        self.place, self.is_own = None, True  # in the latents of the step, see locate
         self.lineage = object()  # identity of this call across steps
-        self.output = self.is_computed = None  # known at its end, until that of the step
+        self.is_computed = None  # whether it runs the blocks
+        self.output = None  # from its end to that of the step
         self.empty()
 
     def empty(self):
@@ -678,25 +691,24 @@ class Call:
     def inherit(self, before):
         self.lineage, self.previous_residual, self.outputs = before.lineage, before.previous_residual, before.outputs
 
-    def is_of(self, latents):
-        """False if this was a call on other latents than those of the scheduler's step. Copies are compared later."""
+    def locate(self, latents):
+        """Finds the place of this call in the latents of the scheduler's step: None if it was on others. Copies are compared."""
         self.place = place_in(latents, self.latents)
         if not share_memory(self.latents, latents):
             rounding = torch.finfo(torch.bfloat16).eps * size_of(latents)  # the copy may be of another type
             self.is_own = near(self.latents, latents, rounding)
-        return self.place is not None
 
     def fits(self, call, returned):
         """Whether a call is this one, a step later: with the same conditioning, on what has become of its latents."""
         if (self.latents.shape, self.latents.dtype) != (call.latents.shape, call.latents.dtype):
             return False
         if returned is None:  # without a scheduler
-            return self.leads_to(call.latents, call.sigma) and is_same(self.conditioning, call.conditioning)
+            return self.can_lead_to(call.latents, call.sigma) and is_same(self.conditioning, call.conditioning)
         if self.place != place_in(returned, call.latents):
             return False
         return is_same(self.conditioning, call.conditioning, self.is_own)
 
-    def leads_to(self, latents, sigma):
+    def can_lead_to(self, latents, sigma):
         """Without a scheduler, nothing tells what becomes of the latents: whether one step can lead so far.
 
         On the bundled model a step moves them by 1.4 to 2.1 times its length in sigma, relative to their size, or by 7
@@ -771,7 +783,7 @@ def begin_call(model, sigma, latents, *conditioning, is_new=False):
     conditioning: all else that the output depends on. is_new: whatever it is, the call reuses nothing.
     """
     cache, scheduler = vars(model).get("teacache") or TeaCacheState(), vars(model).get("teacache_scheduler")
-    cache.check_failed(latents, conditioning)
+    cache.note_failure(latents, conditioning)
     if torch.is_grad_enabled():
         cache = count_only(cache, sigma, "gradients are on (use torch.no_grad())", is_said=not model.training)
     elif scheduler is None:
@@ -819,14 +831,15 @@ def follow(model, cache, scheduler, sigma, latents):
 def count_steps(model, cache, sigma, latents):
     """Without a scheduler: a step begins where sigma falls, and an image where it rises, or the latents are others."""
     step, now = cache.step, sigma.item()
-    if now == step.sigma and len(cache.sigmas) > 1:
+    if now == step.sigma and len(cache.sigmas) > 1:  # with one step, each call is an image
         if cache.is_last_step or step.is_another_call(latents):
             return cache
     is_next = now < step.sigma and cache.halted is None and cache.goes_on(latents, now)
     if not is_next:
-        num_steps, ran = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS), len(cache.schedule)
-        if getattr(model, "enable_teacache", False) and 1 < ran != len(cache.sigmas) > 0:
-            last = f"the last generation ran {ran} of {len(cache.sigmas)} steps (or was stopped)"
+        num_steps = int(getattr(model, "num_steps", None) or NUM_INFERENCE_STEPS)
+        ran, expected = len(cache.schedule), len(cache.sigmas)
+        if getattr(model, "enable_teacache", False) and expected and ran not in (1, expected):
+            last = f"the last generation ran {ran} of {expected} steps (or was stopped)"
             logger.warning(f"TeaCache: {last}: set num_steps to num_inference_steps")
         anew = new_generation(model, [1 - step / num_steps for step in range(num_steps)])  # as if evenly spaced
         if now == step.sigma:  # images in turns, or one that was stopped in this step
@@ -889,9 +902,12 @@ def watched(stock):
         is_running = cache and cache.timesteps is self.timesteps and cache.step.index + 1 == self.step_index
         if not is_running or cache.step.latents is None or cache.step.returned is not None:
             return result  # the network was not called for it
-        is_random = any(map(torch.is_tensor, given)) or state_of_random(self, sample.device, given) != random_state
-        if is_random and cache.may_skip:
-            cache.halt(f"{stock.__name__} adds noise in its steps")
+        is_random, has_tensors = (
+            state_of_random(self, sample.device, given) != random_state,
+            any(map(torch.is_tensor, given)),
+        )
+        if (is_random or has_tensors) and cache.may_skip:
+            cache.halt(f"{stock.__name__} {'adds noise' if is_random else 'is given a tensor'} in its steps")
             return result
         return finish_step(self, cache, model_output, sample, result)
 
@@ -928,10 +944,11 @@ def finish_step(scheduler, cache, model_output, latents, result):
     """Returns the result of the scheduler's step, corrected."""
     step, returned = cache.step, result[0]
     cache.end_calls(latents)
-    if is_corrected(scheduler):
+    if cache.may_skip and is_corrected(scheduler):
         velocity, calls = model_output.to(torch.float32, copy=True), [call.lineage for call in step.calls]
-        made = calls, cache.guidance.is_same(velocity, step.calls)
-        correction = cache.corrector.correction(velocity, step.sigma, cache.next_sigma, step.is_computed, *made)
+        is_same = cache.guidance.is_same(velocity, step.calls)
+        sigmas = step.sigma, cache.next_sigma
+        correction = cache.corrector.correction(velocity, *sigmas, step.is_computed, calls, is_same)
         returned = (returned + correction).to(returned.dtype)
         result = (returned, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=returned)
     cache.end_step(latents, returned)
@@ -981,8 +998,8 @@ def apply_teacache(
     coefficients: of the polynomial for rel_l1_thresh, highest power first.
     scheduler: for a network alone, in a loop of your own that calls its set_timesteps and step.
 
-    A network draws one image (or batch) at a time; threads need a network each. Where the prompt, the scale of a LoRA or the
-    latents are replaced, the step is computed. Not noticed: weights or prompts that change in place, and calls of the same
+    A network draws one image (or batch) at a time; threads need a network each. Where another input of the call changes,
+    or the latents are replaced, the step is computed. Not noticed: weights or prompts that change in place, and calls of the same
     prompt on the same latents that change their order; README.md has the full list. After `del pipeline`, `gc.collect()`
     frees the memory.
     Returns `model`. Raises ValueError for settings or networks that cannot work.
@@ -1357,7 +1374,9 @@ def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, progre
     pipeline.set_progress_bar_config(disable=True)  # one bar for the video, instead of memo's for each clip
     state, form = network.teacache, "{desc} |{bar}| {elapsed}, {remaining} left"
     off = None if progress and sys.stderr else True  # None: on no terminal, where a line a clip is printed
-    with tqdm(total=count * steps, bar_format=form, delay=1e-9, disable=off, leave=False) as bar:  # no bar of no steps
+    with tqdm(
+        total=count * steps, bar_format=form, delay=1e-9, disable=off, leave=False
+    ) as bar:  # delay: no bar before the first step
         for clip in range(count):
             if network.teacache is not state:
                 raise RuntimeError("this pipeline has begun another video, so that this one cannot go on")
@@ -1381,7 +1400,7 @@ def generate(pipeline, audio_proj, inputs, config, seed=SEED, clips=None, progre
 
 
 def take_name(path):
-    """output.png, or output_2.png where that exists, and so on: an empty file, so that nobody else takes the name."""
+    """video.mp4, or video_2.mp4 where that exists, and so on: an empty file, so that nobody else takes the name."""
     for number in itertools.count(1):
         name = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
         with contextlib.suppress(FileExistsError):
@@ -1412,7 +1431,11 @@ def write_video(clips, path, fps, sound):
             form += [*"-c:a aac -movflags +faststart -af apad -t".split(), sum(lengths) / fps]  # filled up, and cut
             run_ffmpeg(*form, whole)
             path = take_name(path)
-            whole.replace(path)
+            try:
+                whole.replace(path)
+            except BaseException:
+                path.unlink(missing_ok=True)  # it is empty
+                raise
     except OSError as error:
         raise OSError(f"{path} could not be written: {error}") from error
     finally:

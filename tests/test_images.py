@@ -208,7 +208,8 @@ def test_noise_of_a_scheduler_of_ones_own(machine, told, is_given):
     for i, t in enumerate(loop.scheduler.timesteps):
         noise = {"noise": loop.latents(i)} if is_given else {}
         latents = loop.scheduler.step(loop.call(latents, t), t, latents, **noise, return_dict=False)[0]
-    assert all(loop.schedule) and told == ["TeaCache: Noisy adds noise in its steps: all steps are computed"]
+    what = "is given a tensor" if is_given else "adds noise"
+    assert all(loop.schedule) and told == [f"TeaCache: Noisy {what} in its steps: all steps are computed"]
     machine.script.remove_teacache(loop)
     assert type(loop.scheduler) is Noisy
 
