@@ -55,6 +55,8 @@ class Traced:
         network.time_caption_embed = Stub(lambda x, time, embeds: (None, embeds))
         network.rope_embedder = Stub(lambda x, mask: (x, *[None] * 3, [0] * len(x), [x[0, 0].numel() // 4] * len(x)))
         network.x_embedder, network.norm_out = Stub(embed), Stub(lambda hidden, temb: hidden - self.embedded)
+        network.peft_config, network.lora = {}, Stub(None)
+        vars(network.lora).update(lora_A={}, disable_adapters=False, active_adapters=["style"], scaling={})
         return network
 
     def memo(self, network):
@@ -99,8 +101,8 @@ class Traced:
         """A call of the network; meaning: for each sample, what must agree. Returns the output, and if it is computed."""
         self.sigma, self.step, self.meaning, before = t.item() / 1000, step, meaning, len(self.calls)
         if self.machine.name == "lumina2":
-            time, more = (1 - t / 1000).expand(len(latents)), {"attention_kwargs": {"scale": scale}}
-            output = self.network(latents, time, **conditioning, **more, return_dict=False)[0]
+            time, self.network.lora.scaling["style"] = (1 - t / 1000).expand(len(latents)), scale
+            output = self.network(latents, time, **conditioning, return_dict=False)[0]
         else:
             more = {"audio_emotion": torch.tensor([scale])}
             output = self.network(latents, timestep=t, **conditioning, **more, return_dict=False)[0]
