@@ -4,7 +4,6 @@ Of one script: `test_shared.py` holds that the other has the same text.
 """
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -111,9 +110,8 @@ def test_the_correction_itself(terms, skipped, junk, computed, close):
         return sum(term * s**power for power, term in enumerate(terms[: 2 if close else min(computed, 2) + 1]))
 
     def correction(s, next_s, velocity, is_computed):
-        velocity = torch.tensor([[velocity, 1.0]], dtype=torch.float64)
-        call = SimpleNamespace(lineage="the only one", output=velocity)
-        return torch.as_tensor(corrector.correction(velocity, s, next_s, is_computed, [call]))
+        velocity = torch.full((1, 2), velocity, dtype=torch.float64)
+        return torch.as_tensor(corrector.correction(velocity, s, next_s, is_computed, 1))
 
     corrector, missing, way = script.Corrector(), 0.0, [*sorted(skipped, reverse=True), 0.5]
     for s in (2.0, 1.7, 1.4, 0.8)[-computed:]:
@@ -124,8 +122,7 @@ def test_the_correction_itself(terms, skipped, junk, computed, close):
         assert correction(s, next_s, used, False) == 0
         missing += (next_s - s) * (true(s) - used)
     moved = correction(0.5, 0.4, true(0.5), True)
-    expected = torch.tensor([[0.5 / (2 * 0.5 - 0.4) * missing, 0.0]], dtype=torch.float64)
-    assert (moved - expected).abs().max() < 1e-9
+    assert (moved - 0.5 / (2 * 0.5 - 0.4) * missing).abs().max() < 1e-9
     assert correction(0.4, 0.3, 9.0, True).abs().max() == 0, "once"
 
 

@@ -121,6 +121,7 @@ def test_what_the_scheduler_returns(loop):
 
 WAYS = {
     "another scale": lambda i, one, two, weak: two() + (4 if 3 <= i < 7 else 1) * (one - two()),
+    "another scale, in place": lambda i, one, two, weak: two().add_((4 if 3 <= i < 7 else 1) * (one - two())),
     "a first velocity of zero": lambda i, one, two, weak: (i > 0) * (two() + 4 * (one - two())),
     "another network in some steps": lambda i, one, two, weak: 3 * one - 2 * weak() if i < 4 else one,
     "another network, then not": lambda i, one, two, weak: 3 * one - 2 * weak() if i % 2 else one,
