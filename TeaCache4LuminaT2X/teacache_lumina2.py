@@ -1120,7 +1120,7 @@ def utf8_text(text):
 
 
 def number_or_list(text):
-    """The type of --computed-steps: 15, or [0, 4, 9] of "0,4,9"."""
+    """The type of the option for computed steps: 15, or [0, 4, 9] of "0,4,9"."""
     numbers = [int(number) for number in text.split(",")]
     return numbers if len(numbers) > 1 else numbers[0]
 

@@ -1466,10 +1466,10 @@ class Config:
     misc_model_dir: str
 
 
-def steps(text):
-    """Of --computed_steps: 10 is their number, 0,3,7,12,19 a list of them."""
-    numbers = [int(step) for step in text.split(",")]
-    return numbers if "," in text else numbers[0]
+def number_or_list(text):
+    """The type of the option for computed steps: 15, or [0, 4, 9] of "0,4,9"."""
+    numbers = [int(number) for number in text.split(",")]
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def build_parser(**several):
@@ -1487,7 +1487,12 @@ def build_parser(**several):
     add("emotion", choices=EMOTIONS, help="instead of the recognised one")
     add("seed", type=int, default=SEED)
     add("rel_l1_thresh", type=float, help=f"default {REL_L1_THRESH}; 0 skips nothing", **several)
-    add("computed_steps", type=steps, help="instead of a threshold: how many steps of each clip, or 0,3,7", **several)
+    add(
+        "computed_steps",
+        type=number_or_list,
+        help="instead of a threshold: how many steps of each clip, or 0,3,7",
+        **several,
+    )
     return parser
 
 

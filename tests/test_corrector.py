@@ -129,28 +129,35 @@ WAYS = {
 }
 
 
+def guided(loop, made):
+    """The last latents of ten steps, whose velocities are made in this one of WAYS."""
+    other, weak = loop.machine.job(1, guided=False), loop.machine.model(1)
+    set_timesteps(loop.scheduler, 10)
+    latents = loop.latents(0)
+    for i, t in enumerate(loop.scheduler.timesteps):
+        one, two = loop.call(latents, t), functools.cache(functools.partial(loop.call, latents, t, other))
+        velocity = WAYS[made](i, one, two, functools.partial(loop.call, latents, t, model=weak))
+        latents = loop.scheduler.step(velocity, t, latents, return_dict=False)[0]
+    return latents
+
+
 @pytest.mark.parametrize("way", [{"rel_l1_thresh": 0.15, "coefficients": [1.0, 0.0]}, {"computed_steps": [0, 3, 8, 9]}])
 @pytest.mark.parametrize("made", WAYS)
 @torch.no_grad()
 def test_a_velocity_that_is_made_in_another_way(loop, monkeypatch, made, way):
     """From some step on: what was skipped before it is not corrected by it, and the image is not farther than without."""
-    other, weak = loop.machine.job(1, guided=False), loop.machine.model(1)
-
-    def draw(script=None):
-        if script:
-            script.apply_teacache(loop, **way)
-        set_timesteps(loop.scheduler, 10)
-        latents = loop.latents(0)
-        for i, t in enumerate(loop.scheduler.timesteps):
-            one, two = loop.call(latents, t), functools.cache(functools.partial(loop.call, latents, t, other))
-            velocity = WAYS[made](i, one, two, functools.partial(loop.call, latents, t, model=weak))
-            latents = loop.scheduler.step(velocity, t, latents, return_dict=False)[0]
-        return latents
-
-    stock, script, errors = draw(), loop.machine.script, []
+    stock, errors = guided(loop, made), []
     for is_corrected in (True, False):
-        monkeypatch.setattr(script, "CORRECT", is_corrected)
-        errors.append((draw(script) - stock).norm().item())
+        monkeypatch.setattr(loop.machine.script, "CORRECT", is_corrected)
+        loop.apply(**way)
+        errors.append((guided(loop, made) - stock).norm().item())
     assert errors[0] <= 1.1 * errors[1] and False in loop.schedule
     if made == "renormalised":
         assert errors[0] < 0.9 * errors[1]
+
+
+@torch.no_grad()
+def test_a_velocity_that_is_written_into_an_output(loop):
+    """It is as good as one of its own: the change of scale is seen."""
+    loop.apply(computed_steps=[0, 3, 8, 9])
+    assert equal(guided(loop, "another scale, in place"), guided(loop, "another scale"))
