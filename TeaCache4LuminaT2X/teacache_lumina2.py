@@ -313,7 +313,7 @@ class Corrector:
         corrected until all points of the curve are from after the change.
         """
         if self.calls != calls:
-            self.computed, self.skipped, self.calls = [], [], calls
+            self.computed, self.skipped, self.calls, self.first_same = [], [], calls, 0
         self.number += 1
         self.first_same = torch.where(torch.as_tensor(is_same, device=velocity.device), self.first_same, self.number)
         if not is_computed:

@@ -134,3 +134,21 @@ def test_how_much_is_decided():
         outputs = [noise[0] - size * image, noise[0]]
         assert script.measure_decided(outputs) == pytest.approx(decided)
         assert script.measure_decided([torch.cat([outputs[0], noise[0]])]) == 0
+
+
+def test_the_correction_of_a_batch_that_changes():
+    """Other calls, of more samples: what was skipped before is not corrected, what comes is. Each sample by itself."""
+    corrector = script.Corrector()
+
+    def correction(sigma, values, is_computed, calls, is_same):
+        velocity = torch.tensor(values).view(-1, 1, 1)
+        moved = corrector.correction(velocity, sigma, sigma - 0.1, is_computed, calls, torch.tensor(is_same))
+        return torch.as_tensor(moved).flatten().tolist()
+
+    assert not any(correction(1.0, [1.0, 1.0], True, "two", [False, False]))
+    assert not any(correction(0.9, [1.0, 1.0], False, "two", [True, True]))
+    moved = correction(0.8, [2.0, 2.0], True, "two", [True, False])
+    assert moved[0] != 0 and moved[1] == 0
+    assert not any(correction(0.7, [1.0] * 3, True, "three", [False] * 3))
+    assert not any(correction(0.6, [1.0] * 3, False, "three", [True] * 3))
+    assert all(correction(0.5, [2.0] * 3, True, "three", [True] * 3))
