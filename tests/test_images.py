@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import equal
 from diffusers import FlowMatchEulerDiscreteScheduler
-from machines import Loop, set_timesteps, twin
+from machines import SCHEDULERS, Loop, kept, scheduler, set_timesteps, twin
 
 BUDGET = dict(computed_steps=[0, 4, 7])
 
@@ -135,20 +135,23 @@ class Noisy(FlowMatchEulerDiscreteScheduler, metaclass=abc.ABCMeta):
         return (super().step(model_output, timestep, sample, **kwargs)[0] + 0.1 * noise,)
 
 
-@pytest.mark.parametrize("is_given", [True, False])
+@pytest.mark.parametrize("name", ["given", "of its own", "stochastic", "LCM"])
 @torch.no_grad()
-def test_noise_of_a_scheduler_of_ones_own(machine, told, is_given):
-    loop = Loop(machine, Noisy(shift=2.0))
-    loop.scheduler.generator = torch.Generator()
+def test_a_scheduler_that_adds_noise(machine, told, name):
+    """A velocity of the old noise is not one of the new: all is computed, which is said for each image."""
+    loop = Loop(machine, scheduler(name) if name in SCHEDULERS else Noisy(shift=2.0))
+    cls, loop.scheduler.generator = type(loop.scheduler), torch.Generator()
     loop.apply(**BUDGET)
-    set_timesteps(loop.scheduler, 8)
-    latents = loop.latents(0)
-    for i, t in enumerate(loop.scheduler.timesteps):
-        noise = {"noise": loop.latents(i)} if is_given else {}
-        latents = loop.scheduler.step(loop.call(latents, t), t, latents, **noise, return_dict=False)[0]
-    assert all(loop.schedule) and told == ["TeaCache: Noisy adds noise in its steps: all steps are computed"]
+    for _ in range(2):
+        set_timesteps(loop.scheduler, 8)
+        latents = loop.latents(0)
+        for i, t in enumerate(loop.scheduler.timesteps):
+            noise = {"noise": loop.latents(i)} if name == "given" else {}
+            latents = loop.scheduler.step(loop.call(latents, t), t, latents, **noise, return_dict=False)[0]
+        assert loop.schedule == [True] * 8 and kept(loop.model) == []
+    assert told == [f"TeaCache: {cls.__name__} adds noise in its steps: all steps are computed"] * 2
     machine.script.remove_teacache(loop)
-    assert type(loop.scheduler) is Noisy
+    assert type(loop.scheduler) is cls
 
 
 def test_noise_that_others_draw(loop, told):
