@@ -28,42 +28,36 @@ class Counter:
         return wrapper
 
 
+def counting(hooks, counter, name="pre_forward"):
+    """A hook of accelerate or diffusers that counts its calls."""
+
+    def pre_forward(self, module, *args, **kwargs):
+        counter.calls += 1
+        return args, kwargs
+
+    def new_forward(self, module, *args, **kwargs):
+        counter.calls += 1
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+    methods = {"pre_forward": pre_forward, "new_forward": new_forward}
+    return type("Hook", (hooks.ModelHook,), {name: methods[name]})()
+
+
 def accelerate_hook(model, counter):
     hooks = pytest.importorskip("accelerate.hooks")
-
-    class Hook(hooks.ModelHook):
-        def pre_forward(self, module, *args, **kwargs):
-            counter.calls += 1
-            return args, kwargs
-
-    hooks.add_hook_to_module(model, Hook())
+    hooks.add_hook_to_module(model, counting(hooks, counter))
     return lambda: hooks.remove_hook_from_module(model)
 
 
-def diffusers_hook(model, counter):
+def diffusers_hook(model, counter, name="pre_forward"):
     hooks = pytest.importorskip("diffusers.hooks")
-
-    class Hook(hooks.ModelHook):
-        def pre_forward(self, module, *args, **kwargs):
-            counter.calls += 1
-            return args, kwargs
-
     registry = hooks.HookRegistry.check_if_exists_or_initialize(model)
-    registry.register_hook(Hook(), "counter")
+    registry.register_hook(counting(hooks, counter, name), "counter")
     return lambda: registry.remove_hook("counter", recurse=False)
 
 
 def diffusers_hook_with_its_own_forward(model, counter):
-    hooks = pytest.importorskip("diffusers.hooks")
-
-    class Hook(hooks.ModelHook):
-        def new_forward(self, module, *args, **kwargs):
-            counter.calls += 1
-            return self.fn_ref.original_forward(*args, **kwargs)
-
-    registry = hooks.HookRegistry.check_if_exists_or_initialize(model)
-    registry.register_hook(Hook(), "counter")
-    return lambda: registry.remove_hook("counter", recurse=False)
+    return diffusers_hook(model, counter, "new_forward")
 
 
 def accelerate_around_diffusers(model, counter):
@@ -230,7 +224,6 @@ def test_a_forward_of_others_is_refused(machine, how, monkeypatch):
 WRAPPED = {
     "compiled": lambda model: torch.compile(model),
     "in a container": lambda model: torch.nn.Sequential(model),
-    "data parallel": lambda model: torch.nn.DataParallel(model),
     "another network": lambda model: torch.nn.Linear(1, 1),
     "no network": lambda model: object(),
     "nothing": lambda model: None,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import equal
 from diffusers import FlowMatchEulerDiscreteScheduler
-from machines import Loop, set_timesteps, twin
+from machines import SCHEDULERS, Loop, kept, scheduler, set_timesteps, twin
 
 BUDGET = dict(computed_steps=[0, 4, 7])
 
@@ -16,101 +16,73 @@ def loop(machine):
     return Loop(machine)
 
 
-def near(loop):
-    """Two seeds that are 1 % apart."""
-    return [loop.latents(0), loop.latents(0) + 0.01 * loop.latents(1)]
+ORDERS = {  # whose turn it is: an image's turns are a call, its step, and so on; the index is set for each
+    "call and step": [0, 0, 1, 1] * 8,
+    "all calls, then all steps": [0, 1, 0, 1] * 8,
+    "all calls, then the steps, the last image first": [0, 1, 1, 0] * 8,
+    "a step ahead of each other": [k for step in range(10) for k in (2, 2, 1, 1, 0, 0) if 0 <= step - k < 8],
+}
+ALONE = "call and step", "all calls, then all steps"  # without a scheduler, too
 
 
 @torch.no_grad()
-def together(loop, images, calls_first, with_scheduler=True):
-    """Images in turns, the index set for each: call and step, or all calls and then all steps."""
+def together(loop, images, order, with_scheduler=True):
     set_timesteps(loop.scheduler, 8)
-
-    def step(i, t, velocity, latents):
-        if not with_scheduler:
-            return latents + (loop.scheduler.sigmas[i + 1] - loop.scheduler.sigmas[i]) * velocity
-        loop.scheduler._step_index = i
-        return loop.scheduler.step(velocity, t, latents, return_dict=False)[0]
-
-    for i, t in enumerate(loop.scheduler.timesteps):
-        if calls_first:
-            velocities = [loop.call(latents, t) for latents in images]
-            images = [step(i, t, velocity, latents) for velocity, latents in zip(velocities, images)]
+    images, steps, velocities = list(images), [0] * len(images), {}
+    for k in order:
+        i, t, latents = steps[k], loop.scheduler.timesteps[steps[k]], images[k]
+        if k not in velocities:
+            velocities[k] = loop.call(latents, t)
+        elif with_scheduler:
+            loop.scheduler._step_index = i
+            images[k] = loop.scheduler.step(velocities.pop(k), t, latents, return_dict=False)[0]
+            steps[k] += 1
         else:
-            images = [step(i, t, loop.call(latents, t), latents) for latents in images]
+            images[k] = latents + (loop.scheduler.sigmas[i + 1] - loop.scheduler.sigmas[i]) * velocities.pop(k)
+            steps[k] += 1
     return images
 
 
-@pytest.mark.parametrize("calls_first", [False, True])
-@pytest.mark.parametrize("with_scheduler", [True, False])
-def test_images_in_turns(loop, calls_first, with_scheduler):
-    """Also of nearly the same noise, and of copies of the latents, which are compared by value."""
-    call = loop.call
-    for images in (near(loop), [loop.latents(0), loop.latents(1)]):
-        other = Loop(loop.machine, model=loop.machine.script.remove_teacache(twin(loop.model)))
-        stock = together(other, list(images), calls_first, with_scheduler)
+@pytest.mark.parametrize("order, with_scheduler", [*[(order, True) for order in ORDERS], *[(o, False) for o in ALONE]])
+def test_images_in_turns(loop, order, with_scheduler):
+    """Also of nearly the same noise, views of one tensor, and copies of the latents, which are compared by value."""
+    noises, call = [loop.latents(seed) for seed in range(max(ORDERS[order]) + 1)], loop.call
+    near = [noises[0] + 0.01 * noise for noise in noises]
+    kinds = [torch.cat(near).split(1)] if "the last image first" in order else [near, noises]
+    other, order = Loop(loop.machine, model=loop.machine.script.remove_teacache(twin(loop.model))), ORDERS[order]
+    for images in kinds:
+        stock = together(other, images, order, with_scheduler)
         if with_scheduler:
             loop.apply(**BUDGET)
         else:
             loop.machine.script.apply_teacache(loop.model, 8, **BUDGET)
         for copied in (call, lambda latents, *args: call(latents.clone(), *args)):
             loop.call = copied
-            assert equal(together(loop, list(images), calls_first, with_scheduler), stock)
+            assert equal(together(loop, images, order, with_scheduler), stock)
 
 
+@pytest.mark.parametrize("are_copied", [False, True], ids=["views of one noise", "copies"])
 @torch.no_grad()
-def test_images_that_are_a_step_ahead_of_each_other(loop):
-    """Three that are near to each other, the last one first."""
-
-    def draw():
-        images = [loop.latents(0) + 0.01 * loop.latents(k) for k in range(3)]
-        set_timesteps(loop.scheduler, 8)
-        for step in range(10):
-            for k in (2, 1, 0):
-                if 0 <= (i := step - k) < 8:
-                    loop.scheduler._step_index, t = i, loop.scheduler.timesteps[i]
-                    images[k] = loop.scheduler.step(loop.call(images[k], t), t, images[k], return_dict=False)[0]
-        return images
-
-    stock = draw()
-    loop.apply(**BUDGET)
-    assert equal(draw(), stock)
-
-
-@torch.no_grad()
-def test_views_of_one_tensor_that_are_stepped_one_by_one(loop):
-    """All calls first, then the steps, the last image first: its calls are not those of the first image."""
-
-    def draw():
-        images = list(torch.cat(near(loop)).split(1))
-        set_timesteps(loop.scheduler, 8)
-        for i, t in enumerate(loop.scheduler.timesteps):
-            velocities = [loop.call(latents, t) for latents in images]
-            for k in (1, 0):
-                loop.scheduler._step_index = i
-                images[k] = loop.scheduler.step(velocities[k], t, images[k], return_dict=False)[0]
-        return images
-
-    stock = draw()
-    loop.apply(**BUDGET)
-    assert equal(draw(), stock)
-
-
-@torch.no_grad()
-def test_another_view_of_the_same_noise(loop):
-    """Timesteps set once; an image that was stopped in its first step leaves nothing to the next one."""
+def test_after_a_stop_in_the_first_step(loop, are_copied):
+    """As a new network would draw it: timesteps set once and another view of the noise, or set again and the same noise,
+    where the loop copies the latents, which are then compared by value.
+    """
     loop.apply(**BUDGET)
     set_timesteps(loop.scheduler, 8)
     noise, found = torch.cat([loop.latents(0), loop.latents(1)]), []
+    given = torch.clone if are_copied else lambda latents: latents
     for is_stopped in (False, True):
-        loop.scheduler._step_index = None
-        if is_stopped:
+        if is_stopped and are_copied:
+            loop.stopped(1, seeds=(1,))
+            set_timesteps(loop.scheduler, 8)
+        elif is_stopped:
+            loop.scheduler._step_index = None
             loop.call(noise[:1], loop.scheduler.timesteps[0])
         latents = noise[1:]
         for t in loop.scheduler.timesteps:
-            latents = loop.scheduler.step(loop.call(latents, t), t, latents, return_dict=False)[0]
+            latents = loop.scheduler.step(loop.call(given(latents), t), t, given(latents), return_dict=False)[0]
         found.append((latents, loop.schedule))
-    assert equal(*found)
+    assert equal(*found) and found[0][1] == [i in (0, 4, 7) for i in range(8)]
 
 
 @pytest.mark.parametrize("failing, ran_then", [(2, 4), (1, 3)])
@@ -137,22 +109,6 @@ def test_a_call_fails_of_three(loop, failing, ran_then):
         ran.append(len(calls))
         calls.clear()
     assert loop.schedule == [i in (0, 4, 5, 7) for i in range(8)] and ran == [3, 0, 0, 0, ran_then, 3, 0, 3]
-
-
-@torch.no_grad()
-def test_after_a_stop_in_the_first_step(loop):
-    """As a new network would draw it, also where the loop copies the latents, which are then compared by value."""
-    loop.apply(**BUDGET)
-    found = []
-    for is_stopped in (False, True):
-        if is_stopped:
-            loop.stopped(1)
-        set_timesteps(loop.scheduler, 8)
-        latents = loop.latents(0)
-        for t in loop.scheduler.timesteps:
-            latents = loop.scheduler.step(loop.call(latents.clone(), t), t, latents.clone(), return_dict=False)[0]
-        found.append((latents, loop.schedule))
-    assert equal(*found) and found[0][1] == [i in (0, 4, 7) for i in range(8)]
 
 
 @torch.no_grad()
@@ -197,21 +153,24 @@ class Noisy(FlowMatchEulerDiscreteScheduler, metaclass=abc.ABCMeta):
         return (super().step(model_output, timestep, sample, **kwargs)[0] + 0.1 * noise,)
 
 
-@pytest.mark.parametrize("is_given", [True, False])
+@pytest.mark.parametrize("name", ["given", "of its own", "stochastic", "LCM"])
 @torch.no_grad()
-def test_noise_of_a_scheduler_of_ones_own(machine, told, is_given):
-    loop = Loop(machine, Noisy(shift=2.0))
-    loop.scheduler.generator = torch.Generator()
+def test_a_scheduler_that_adds_noise(machine, told, name):
+    """A velocity of the old noise is not one of the new: all is computed, which is said for each image."""
+    loop = Loop(machine, scheduler(name) if name in SCHEDULERS else Noisy(shift=2.0))
+    cls, loop.scheduler.generator = type(loop.scheduler), torch.Generator()
     loop.apply(**BUDGET)
-    set_timesteps(loop.scheduler, 8)
-    latents = loop.latents(0)
-    for i, t in enumerate(loop.scheduler.timesteps):
-        noise = {"noise": loop.latents(i)} if is_given else {}
-        latents = loop.scheduler.step(loop.call(latents, t), t, latents, **noise, return_dict=False)[0]
-    what = "is given a tensor" if is_given else "adds noise"
-    assert all(loop.schedule) and told == [f"TeaCache: Noisy {what} in its steps: all steps are computed"]
+    for _ in range(2):
+        set_timesteps(loop.scheduler, 8)
+        latents = loop.latents(0)
+        for i, t in enumerate(loop.scheduler.timesteps):
+            noise = {"noise": loop.latents(i)} if name == "given" else {}
+            latents = loop.scheduler.step(loop.call(latents, t), t, latents, **noise, return_dict=False)[0]
+        assert loop.schedule == [True] * 8 and kept(loop.model) == []
+    what = "is given a tensor" if name == "given" else "adds noise"
+    assert told == [f"TeaCache: {cls.__name__} {what} in its steps: all steps are computed"] * 2
     machine.script.remove_teacache(loop)
-    assert type(loop.scheduler) is Noisy
+    assert type(loop.scheduler) is cls
 
 
 def test_noise_that_others_draw(loop, told):

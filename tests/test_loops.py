@@ -60,6 +60,10 @@ STORIES = {  # what happens; then the schedule, or None where only its truth is 
     },
     # images in turns, on one scheduler whose index is set
     "in turns": ([CARELESS, ("begin", "only the index"), *[RUN, ("turn",)] * 12], None, FEW, ("Euler", "DPM")),
+    # what is returned
+    "looks ahead": ([("set", "looks_ahead", True), *[RUN] * 6], "X..X.X", FEW, EULER),
+    "outputs are written into": ([("set", "writes", True), *[RUN] * 6], "XXX..X", LATE, EULER),
+    "outputs are written into, with a threshold": ([("set", "writes", True), *[RUN] * 6], "X....X", HOLD, EULER),
     # latents
     **{
         f"{how}, {'in place' if in_place else 'another tensor'}": (

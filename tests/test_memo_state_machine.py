@@ -113,15 +113,6 @@ def test_second_call_of_a_skipped_step_may_write_memory(model, settings):
     assert model.teacache.schedule == [True, True, False] and len(calls) == 3
 
 
-@pytest.mark.parametrize("budget", [2, 7, 20])
-def test_a_budget_is_kept_in_every_clip(model, budget):
-    """Exactly so many steps of each clip, at memo's own timesteps; only the first step writes memory."""
-    apply_teacache(model, 20, computed_steps=budget)
-    for i, clip in enumerate((Clip(), Clip(seed=1), Clip(guided=False, seed=2))):
-        schedule = as_oracle(model, clip, first=i != 1)
-        assert (sum(schedule), len(schedule)) == (budget, 20) and schedule[0] and schedule[-1]
-
-
 # --- steps and calls --------------------------------------------------------------------------------
 
 

@@ -155,6 +155,7 @@ class RandomLoop:
         self.lineages, self.number, self.conditionings = itertools.count(), itertools.count(), {}
         self.places, self.prompts, self.scale = "whole", [tuple(range(samples))], 1.0
         self.ran = []  # of each step: whether a call was computed
+        self.writes = self.looks_ahead = False  # into what the network returned; with one more step of the scheduler
         self.is_euler = is_euler(scheduler)
         # such a scheduler may move latents to others that it has kept
         self.is_careful = any(name in type(scheduler).__name__ for name in ("Heun", "UniPC", "DPM"))
@@ -267,6 +268,9 @@ class RandomLoop:
             for b, flat in enumerate(correction.flatten(1)):
                 made_of = {self.traced.calls[n][2][b] for n in self.traced.found(flat)}
                 assert made_of <= {meaning[b] for meaning in meanings}
+        if self.looks_ahead and index + 1 < len(timesteps):
+            self.driver.step(velocity, timesteps[index + 1], after)
+            self.driver._step_index -= 1
         image.moved, image.latents = after - image.latents, after
         image.index = image.next = index + 1
         image.is_replaced = False
@@ -292,6 +296,8 @@ class RandomLoop:
                         output, computed = self.traced.call(*args)
                     is_computed |= computed
                 velocity[..., a:b] += output
+                if self.writes:
+                    output.zero_()
                 meanings.append(meaning)
         self.traced.fails = False
         return velocity, meanings, is_computed
