@@ -476,6 +476,16 @@ def test_a_full_disk(here, ffmpeg_is, missing):  # noqa: F811
     assert not os.listdir("o")
 
 
+def test_the_name_of_a_video_that_fails_at_last(here, monkeypatch):  # noqa: F811
+    """It is free again: no empty file is left under it."""
+    os.mkdir("o")
+    monkeypatch.setattr(Path, "replace", lambda *_: os.rename("nothing", "there"))
+    clips = [np.zeros((16, 32, 32, 3), np.uint8)]
+    with pytest.raises(OSError, match="o/a.mp4 could not be written"):
+        teacache_memo.write_video(clips, "o/a.mp4", FPS, "speech.wav")
+    assert not os.listdir("o")
+
+
 def test_videos_of_one_name_at_once(here):  # noqa: F811
     """As of two containers, whose processes have one number: all are whole, and none is overwritten."""
     begun = threading.Barrier(3)
