@@ -656,7 +656,7 @@ class Step:
         self.length = size_of(returned.float() - latents.float())
 
     def is_returned(self, latents):
-        """Whether these are the very latents that the scheduler returned, or a part of them, and nobody has written into them."""
+        """Whether these are the very latents that the scheduler returned, or a part of them, with nothing written into them."""
         is_untouched = self.returned_version is not None and version_of(latents) == self.returned_version
         return is_untouched and share_memory(latents, self.returned) and place_in(self.returned, latents) is not None
 
@@ -798,8 +798,7 @@ def begin_call(model, sigma, latents, *conditioning, is_new=False):
 
 def follow(model, cache, scheduler, sigma, latents):
     """With a scheduler: an image begins where the timesteps are set, and goes on as TeaCacheState says."""
-    timesteps, num_train_timesteps = scheduler.timesteps, scheduler.config.num_train_timesteps
-    index = scheduler.step_index
+    timesteps, index = scheduler.timesteps, scheduler.step_index
     if index is None:  # before the first step
         index = getattr(scheduler, "begin_index", None)
     if cache.timesteps is not timesteps:  # set_timesteps makes a new tensor
@@ -812,13 +811,19 @@ def follow(model, cache, scheduler, sigma, latents):
             return cache.begin_step(index, cache.sigmas[index], sigma, latents)
         if step.returned is None and step.sigma_given is not None and sigma < step.sigma_given:
             cache.halt(NOT_SEEN)
-    is_unset = index is None and len(timesteps) == num_train_timesteps
+    is_unset = index is None and len(timesteps) == scheduler.config.num_train_timesteps
     if cache.halted is not None or is_unset or (index is not None and index >= len(timesteps)):
         return count_only(cache, sigma, cache.halted or NOT_SEEN, timesteps)
-    sigmas = (timesteps.cpu().double() / num_train_timesteps).tolist()
+    watch(scheduler, model)
+    return begin_image(model, cache, scheduler, index, sigma, latents)
+
+
+def begin_image(model, cache, scheduler, index, sigma, latents):
+    """With a scheduler: the state of another image than that of `cache`, or of the same one with other latents."""
+    step, timesteps = cache.step, scheduler.timesteps
+    sigmas = (timesteps.cpu().double() / scheduler.config.num_train_timesteps).tolist()
     nearest = np.abs(np.array(sigmas) - sigma.item()).argmin().item()
     index = nearest if index is None else index
-    watch(scheduler, model)
     anew = new_generation(model, sigmas, timesteps)
     anew.rivals = cache.rivals
     if index == step.index + 1 > 0 and sigmas[index] == sigmas[nearest]:  # the loop goes on, with other latents
@@ -902,12 +907,11 @@ def watched(stock):
         is_running = cache and cache.timesteps is self.timesteps and cache.step.index + 1 == self.step_index
         if not is_running or cache.step.latents is None or cache.step.returned is not None:
             return result  # the network was not called for it
-        is_random, has_tensors = (
-            state_of_random(self, sample.device, given) != random_state,
-            any(map(torch.is_tensor, given)),
-        )
-        if (is_random or has_tensors) and cache.may_skip:
-            cache.halt(f"{stock.__name__} {'adds noise' if is_random else 'is given a tensor'} in its steps")
+        if cache.may_skip and state_of_random(self, sample.device, given) != random_state:
+            cache.halt(f"{stock.__name__} adds noise in its steps")
+            return result
+        if cache.may_skip and any(map(torch.is_tensor, given)):
+            cache.halt(f"{stock.__name__} is given a tensor in its steps")
             return result
         return finish_step(self, cache, model_output, sample, result)
 
@@ -928,10 +932,9 @@ def state_of_random(scheduler, device, given):
     """Of all generators that a step can draw noise from: those that it is given or has, and torch's own."""
     if is_euler(scheduler) and not scheduler.config.get("stochastic_sampling"):
         return []  # it draws none, but other threads may
-    generators = [
-        x for each in (*given, *vars(scheduler).values()) for x in (each if isinstance(each, list) else [each])
-    ]
-    states = [x.get_state() for x in generators if isinstance(x, torch.Generator)]
+    candidates = [*given, *vars(scheduler).values()]
+    candidates += [x for each in candidates if isinstance(each, list) for x in each]
+    states = [x.get_state() for x in candidates if isinstance(x, torch.Generator)]
     states += [torch.get_rng_state()]
     if device.type == "cuda":
         states += torch.cuda.get_rng_state_all()
@@ -947,8 +950,9 @@ def finish_step(scheduler, cache, model_output, latents, result):
     if cache.may_skip and is_corrected(scheduler):
         velocity, calls = model_output.to(torch.float32, copy=True), [call.lineage for call in step.calls]
         is_same = cache.guidance.is_same(velocity, step.calls)
-        sigmas = step.sigma, cache.next_sigma
-        correction = cache.corrector.correction(velocity, *sigmas, step.is_computed, calls, is_same)
+        correction = cache.corrector.correction(
+            velocity, step.sigma, cache.next_sigma, step.is_computed, calls, is_same
+        )
         returned = (returned + correction).to(returned.dtype)
         result = (returned, *result[1:]) if isinstance(result, tuple) else type(result)(prev_sample=returned)
     cache.end_step(latents, returned)
@@ -998,10 +1002,10 @@ def apply_teacache(
     coefficients: of the polynomial for rel_l1_thresh, highest power first.
     scheduler: for a network alone, in a loop of your own that calls its set_timesteps and step.
 
-    A network draws one image (or batch) at a time; threads need a network each. Where another input of the call changes,
-    or the latents are replaced, the step is computed. Not noticed: weights or prompts that change in place, and calls of the same
-    prompt on the same latents that change their order; README.md has the full list. After `del pipeline`, `gc.collect()`
-    frees the memory.
+    A network draws one image (or batch) at a time; threads need a network each. Where another input of the call changes, or
+    the latents are replaced, the step is computed. Not noticed: weights or prompts that change in place, and calls of the
+    same prompt on the same latents that change their order; README.md has the full list. After `del pipeline`,
+    `gc.collect()` frees the memory.
     Returns `model`. Raises ValueError for settings or networks that cannot work.
     """
     network, scheduler = find_network(model), scheduler or getattr(model, "scheduler", None)

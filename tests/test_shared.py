@@ -12,7 +12,7 @@ SCRIPTS = "TeaCache4LuminaT2X/teacache_lumina2.py", "TeaCache4Memo/teacache_memo
 OWN = "REL_L1_THRESH COMPUTED_STEPS NUM_INFERENCE_STEPS SEED MODEL NETWORK PACKAGE COEFFICIENTS".split()
 OWN += "teacache_forward build_parser one_line_errors load_pipeline generate main".split()
 SHARED = "relative_l1 rescale choose_steps extrapolate Corrector Guidance interpolate TeaCacheState Step".split()
-SHARED += "Call is_same begin_call follow count_steps count_only new_generation watched finish_step".split()
+SHARED += "Call is_same begin_call follow begin_image count_steps count_only new_generation watched finish_step".split()
 SHARED += "is_corrected stand_in apply_teacache remove_teacache cached find_network find_forward is_stock".split()
 SHARED += "check_plan check_settings CORRECT logger".split()
 
